@@ -1,0 +1,245 @@
+"""The autoregressive model over [prologue, EOS, visual], given a class, and how it samples.
+
+    ar = AR.load("out/ar.safetensors")                      # our file, or an AR directory of the authors' release
+    logits = ar(codes, labels)                              # codes (B, K+N) -> (B, K+1+N, vocab)
+    codes = ar.generate(labels, cfg_visual=3.75, cfg_prologue=0.7)
+
+Outside this file codes are counted from 0, prologue first. Inside, one vocabulary holds the visual codes 0..V-1, the
+prologue codes V..V+P-1 and EOS = V+P. Without a prologue (K = 0) there is no EOS and the sequence is just the N codes.
+
+Letters: B images, N visual tokens, K prologue tokens, L = K+1+N (or N), D width, V and P codebook sizes.
+"""
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tokenizer import (InputError, RMSNorm, Transformer, init_weights, read_checkpoint, rope_angles, rope_axis_dims,
+                       save_checkpoint)
+
+# Paper table A4; S is the joint AR of stage 1. XL is 32 x 1280 (the table's 24 x 2048 is a typo, its authors say).
+SIZES = {
+    "tiny": dict(layers=4, dim=128, head_dim=32),
+    "S": dict(layers=7, dim=512),
+    "B": dict(layers=12, dim=768),
+    "L": dict(layers=24, dim=1024),
+    "XL": dict(layers=32, dim=1280),
+}
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class ARConfig:
+    layers: int = 12
+    dim: int = 768
+    head_dim: int = 64
+    num_prologue: int = 16  # K
+    num_visual: int = 256  # N
+    codebook_size: int = 16384  # V
+    prologue_codebook_size: int = 1024  # P
+    num_classes: int = 1000
+    dropout: float = 0.0
+    classes: list = field(default_factory=list)  # class names in the order of the labels, where they are known
+    tokenizer: str = ""  # fingerprint of the tokenizer whose codes these are, where it is known
+
+    @classmethod
+    def for_tokenizer(cls, cfg, **rest):
+        """The config of an AR model over the codes of a tokenizer with TokenizerConfig `cfg`."""
+        return cls(num_prologue=cfg.num_prologue, num_visual=cfg.num_visual, codebook_size=cfg.codebook_size,
+                   prologue_codebook_size=cfg.prologue_codebook_size, **rest)
+
+
+class KVCache:
+    """Keys and values of one layer, allocated once for all positions; `rows` and `start` say where the next ones go."""
+
+    def __init__(self, rows, length):
+        self.size, self.k, self.v = (rows, length), None, None
+
+    def append(self, k, v):
+        """k, v (rows, T, heads, d) -> all keys and values so far (rows, start+T, heads, d)"""
+        if self.k is None:
+            self.k, self.v = k.new_zeros(self.size + k.shape[2:]), v.new_zeros(self.size + v.shape[2:])
+        end = self.start + k.shape[1]
+        self.k[self.rows, self.start:end], self.v[self.rows, self.start:end] = k, v
+        return self.k[self.rows, :end], self.v[self.rows, :end]
+
+
+def guidance(scale, schedule, power, t):
+    """CFG scale at progress t in [0, 1] of a token group; it is applied as s * cond + (1 - s) * uncond, so 1 is off."""
+    ramp = {"constant": 1.0, "linear": t**power, "cosine": (1 - math.cos(math.pi * t**power)) / 2}[schedule]
+    return 1 + (scale - 1) * ramp
+
+
+def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """Draws a code for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) int64.
+
+    By the inverse of the cumulative distribution: one number per token decides it, on any device and in any batch.
+    """
+    logits = logits.float() / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+    p = logits.softmax(-1)  # (B, V)
+    if top_p < 1:
+        ordered, index = p.sort(-1, descending=True)
+        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)  # the likeliest code always stays
+        p = torch.zeros_like(p).scatter(-1, index, ordered)
+    cdf = p.cumsum(-1)
+    # The factor keeps the threshold strictly below the sum, where rounding could make it reach a code of probability 0.
+    threshold = u[:, None] * cdf[:, -1:] * (1 - 1e-6)
+    return torch.searchsorted(cdf, threshold, right=True)[:, 0]
+
+
+class AR(nn.Module):
+    """Decoder-only transformer; labels (B,) int64 in [0, num_classes], where num_classes means unconditional."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.length = cfg.num_prologue + cfg.num_visual + (cfg.num_prologue > 0)  # L
+        self.eos = cfg.codebook_size + cfg.prologue_codebook_size
+        vocab = self.eos + (cfg.num_prologue > 0)
+        self.bos = nn.Embedding(cfg.num_classes + 1, cfg.dim)
+        self.embedding = nn.Embedding(vocab, cfg.dim)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.transformer = Transformer(cfg.layers, cfg.dim, cfg.head_dim, 11 / 4, bias=False, dropout=cfg.dropout)
+        self.norm = RMSNorm(cfg.dim)
+        self.head = nn.Linear(cfg.dim, vocab, bias=False)
+        self.bos.apply(init_weights), self.embedding.apply(init_weights), self.head.apply(init_weights)
+        # Of the three RoPE axes only l moves along a 1D sequence, so only the first l dimensions of a head turn.
+        positions = torch.arange(self.length, device="cpu")
+        self.register_buffer("angles", rope_angles(positions, rope_axis_dims(cfg.head_dim)[2], 10000.0), persistent=False)
+
+    def sequence(self, codes):
+        """codes (B, K+N) counted from 0 -> tokens (B, L) of the one vocabulary, EOS between the groups."""
+        k = self.cfg.num_prologue
+        if codes.shape[1] != k + self.cfg.num_visual:
+            raise InputError(f"{codes.shape[1]} codes per image given to an AR model of {k}+{self.cfg.num_visual}")
+        if not k:
+            return codes
+        eos = codes.new_full((len(codes), 1), self.eos)
+        return torch.cat([codes[:, :k] + self.cfg.codebook_size, eos, codes[:, k:]], 1)
+
+    def hidden(self, codes, labels, onehot=None, drop=None):
+        """Final hidden states (B, L, D); position t has seen the class and the tokens before t.
+
+        onehot (B, K, P): straight-through one-hot prologue, embedded by a product so that CE reaches the encoder.
+        drop (B,) bool: images whose visual tokens are all hidden from the input behind EOS (visual token dropout).
+        """
+        k, v = self.cfg.num_prologue, self.cfg.codebook_size
+        tokens = self.sequence(codes)[:, :-1]  # shifted right behind the class
+        if drop is not None:
+            visual = torch.arange(tokens.shape[1], device=tokens.device) > k
+            tokens = tokens.where(~(drop[:, None] & visual), self.eos)
+        if onehot is None:
+            x = self.embedding(tokens)
+        else:
+            x = torch.cat([onehot @ self.embedding.weight[v:self.eos], self.embedding(tokens[:, k:])], 1)
+        x = self.drop(torch.cat([self.bos(labels)[:, None], x], 1))  # (B, L, D)
+        return self.norm(self.transformer(x, self.angles, causal=True))
+
+    def forward(self, codes, labels, onehot=None, drop=None):
+        """codes (B, K+N), labels (B,) -> logits (B, L, vocab)"""
+        return self.head(self.hidden(codes, labels, onehot, drop))
+
+    def cross_entropy(self, codes, labels, onehot=None, drop=None, reduction="mean"):
+        """CE in nats of every token over the whole vocabulary, EOS included: the mean, or (B, L) with "none"."""
+        logits = self(codes, labels, onehot, drop).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), self.sequence(codes).flatten(), reduction=reduction)
+        return loss if reduction == "mean" else loss.view(len(codes), self.length)
+
+    def step(self, x, caches, rows, start):
+        """Runs inputs x (rows, T, D) at positions start.. through the cache -> last hidden state (rows, D)."""
+        length, mask = x.shape[1], None
+        if start and length > 1:
+            mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
+        for cache in caches:
+            cache.rows, cache.start = rows, start
+        x = self.transformer(x, self.angles[start:start + length], length > 1 and not start, caches, mask)
+        return self.norm(x[:, -1])
+
+    @torch.no_grad()
+    def generate(self, labels, cfg_prologue=1.0, cfg_visual=1.0, cfg_schedule="cosine", cfg_power=1.0,
+                 cfg_schedule_prologue="constant", temperature=1.0, temperature_prologue=None, top_k=0, top_p=1.0,
+                 prologue=None, generator=None, noise=None):
+        """Samples codes (B, K+N) for labels (B,).
+
+        cfg_*: classifier-free guidance per token group, 1 = off, s * cond + (1 - s) * uncond (`guidance`); below 1 it
+        pulls towards unconditional. temperature is that of the visual tokens, and of the prologue unless given apart.
+        prologue (B, K) fixes the prefix. noise (B, K+N) uniform in [0, 1) decides every draw; else it comes from generator.
+        """
+        if self.training:
+            raise InputError("generate needs the model in eval mode: call ar.eval() first")
+        k, n, v, batch = self.cfg.num_prologue, self.cfg.num_visual, self.cfg.codebook_size, len(labels)
+        cond, uncond, both = slice(0, batch), slice(batch, 2 * batch), slice(0, 2 * batch)
+        guided_prologue, guided_visual = k > 0 and prologue is None and cfg_prologue != 1, cfg_visual != 1
+        caches = [KVCache(2 * batch if guided_prologue or guided_visual else batch, self.length)
+                  for _ in self.transformer.blocks]
+        if noise is None:
+            noise = torch.rand(batch, k + n, generator=generator, device=generator.device if generator else None)
+        noise = noise.to(labels.device)
+        bos, bos_uncond = self.bos(labels)[:, None], self.bos(torch.full_like(labels, self.cfg.num_classes))[:, None]
+
+        def draw(h, first, last, u, scale, temperature):
+            """Hidden states -> codes (B,) out of the vocabulary's rows first..last, the only logits computed."""
+            logits = F.linear(h, self.head.weight[first:last]).float()  # (B or 2B, last-first)
+            if len(logits) > batch:
+                logits = scale * logits[cond] + (1 - scale) * logits[uncond]
+            return sample_codes(logits, u, temperature, top_k, top_p)
+
+        codes = labels.new_empty(batch, k + n)
+        if k and prologue is None:
+            rows = both if guided_prologue else cond
+            x = torch.cat([bos, bos_uncond]) if guided_prologue else bos  # (rows, 1, D)
+            for i in range(k):
+                h = self.step(x, caches, rows, i)
+                scale = guidance(cfg_prologue, cfg_schedule_prologue, cfg_power, i / k)
+                codes[:, i] = draw(h, v, self.eos, noise[:, i], scale, temperature_prologue or temperature)
+                x = self.embedding(codes[:, i] + v)[:, None].repeat(1 + guided_prologue, 1, 1)
+        elif k:
+            codes[:, :k] = prologue
+
+        # Into the visual tokens: EOS is forced, so it goes in together with the last prologue token and has no step of its own.
+        prefix = self.embedding(torch.cat([codes[:, :k] + v, codes.new_full((batch, int(k > 0)), self.eos)], 1))
+        rows = both if guided_visual else cond
+        if guided_prologue and guided_visual:
+            h = self.step(prefix[:, -2:].repeat(2, 1, 1), caches, both, k)
+        else:  # a half that has not run yet takes the whole prefix at once
+            h = (self.step(prefix[:, -2:], caches, cond, k) if k and prologue is None
+                 else self.step(torch.cat([bos, prefix], 1), caches, cond, 0))
+            if guided_visual:
+                h = torch.cat([h, self.step(torch.cat([bos_uncond, prefix], 1), caches, uncond, 0)])
+        start = self.length - n + 1  # positions in the cache once the prefix is in: class, prologue, EOS
+        for j in range(n):
+            if j:
+                x = self.embedding(codes[:, k + j - 1])[:, None].repeat(1 + guided_visual, 1, 1)
+                h = self.step(x, caches, rows, start + j - 1)
+            # Progress counts EOS as 0; without a prologue the first visual token is 0.
+            scale = guidance(cfg_visual, cfg_schedule, cfg_power, (j + 1) / (n + 1) if k else j / n)
+            codes[:, k + j] = draw(h, 0, v, noise[:, k + j], scale, temperature)
+        return codes
+
+    def save(self, path):
+        save_checkpoint(path, "ar", self.state_dict(), asdict(self.cfg))
+
+    @classmethod
+    def load(cls, path):
+        """Our .safetensors file, or an AR directory of the authors' release. Raises InputError."""
+        cfg, tensors = read_checkpoint(path, "ar")
+        with torch.device("meta"):
+            model = cls(ARConfig(**cfg))
+        model.load_state_dict(tensors, assign=True)
+        return model.eval().requires_grad_(False)
+
+
+def check_pair(tokenizer, ar, names=("the tokenizer", "the AR model")):
+    """Raises InputError unless `ar` was trained on codes of this tokenizer, as far as sizes and fingerprint tell."""
+    for key in ("num_prologue", "num_visual", "codebook_size", "prologue_codebook_size"):
+        a, b = getattr(tokenizer.cfg, key), getattr(ar.cfg, key)
+        if a != b:
+            raise InputError(f"{names[0]} and {names[1]} do not belong together: {key} is {a} in the one and {b} in the other")
+    if ar.cfg.tokenizer and ar.cfg.tokenizer != tokenizer.fingerprint():
+        raise InputError(f"{names[1]} was trained on codes of another tokenizer than {names[0]}: "
+                         "run pretokenize.py and train_ar.py again, or give the one it was trained with")
