@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import (InputError, RMSNorm, Transformer, init_weights, read_checkpoint, rope_angles, rope_axis_dims,
-                       save_checkpoint)
+from common import InputError, read_checkpoint, save_checkpoint
+from tokenizer import RMSNorm, Transformer, init_weights, rope_angles, rope_axis_dims
 
 # Paper table A4; S is the joint AR of stage 1. XL is 32 x 1280 (the table's 24 x 2048 is a typo, its authors say).
 SIZES = {

@@ -11,26 +11,20 @@ Letters: B images, N visual tokens, K prologue tokens, D width, d head width, V 
 """
 import contextlib
 import hashlib
-import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from common import InputError, read_checkpoint, save_checkpoint
 
 try:
     from flash_attn import flash_attn_func
 except Exception:  # not only a missing package: a build for another torch fails with "undefined symbol"
     flash_attn_func = None
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used; the message is one sentence that names it and says what would be right."""
 
 
 @contextlib.contextmanager
@@ -272,6 +266,7 @@ class TokenizerConfig:
     tau: float = 0.1
 
     def __post_init__(self):
+        self.encoder, self.decoder, self.post = tuple(self.encoder), tuple(self.decoder), tuple(self.post)  # JSON has lists
         if self.layout not in LAYOUTS:
             raise InputError(f"layout {self.layout!r} is unknown; choose one of {', '.join(LAYOUTS)}")
         if self.image_size % self.patch_size:
@@ -412,7 +407,7 @@ class Tokenizer(nn.Module):
     @classmethod
     def load(cls, path):
         """Our .safetensors file, or a tokenizer directory of the authors' release. Raises InputError."""
-        cfg, tensors = released_tokenizer(path) if Path(path).is_dir() else read_checkpoint(path, "tokenizer")
+        cfg, tensors = read_checkpoint(path, "tokenizer")
         with torch.device("meta"):  # nothing is allocated or initialised twice
             model = cls(TokenizerConfig(**cfg))
         model.load_state_dict(tensors, assign=True)
@@ -422,47 +417,6 @@ class Tokenizer(nn.Module):
 def to_uint8(images):
     """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU; x/127.5 - 1 comes back as it was."""
     return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Yields a temporary path beside `path`; it becomes `path` only when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_checkpoint(path, kind, tensors, cfg):
-    """Weights and config in one safetensors file."""
-    with writing(path) as temporary:
-        safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary,
-                                    metadata={"kind": kind, "config": json.dumps(cfg)})
-
-
-def open_safetensors(path):
-    """A safetensors file as {name: tensor}, memory-mapped, and its metadata. Raises InputError."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist")
-    try:
-        with safetensors.safe_open(path, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file (cut off while copying?): {error}") from None
-
-
-def read_checkpoint(path, kind):
-    """Config and weights of a file that `save_checkpoint` wrote for `kind`. Raises InputError."""
-    tensors, metadata = open_safetensors(path)
-    if metadata.get("kind") != kind:
-        raise InputError(f"{path} holds {metadata.get('kind', 'something else')!r} weights where {kind!r} weights are needed")
-    return json.loads(metadata["config"]), tensors
 
 
 # The released checkpoints. Their networks are conditioned on a label that is the same constant in every release, so the

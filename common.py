@@ -1,0 +1,286 @@
+"""What every script needs and no script is about: errors, files, the machine, the common flags, the training loop's habits.
+
+Read tokenizer.py first; come here when a name leads here.
+"""
+import contextlib
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one sentence that names it and says what would be right."""
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Yields a temporary path beside `path`; it becomes `path` only when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, kind, tensors, cfg):
+    """Weights and config in one safetensors file."""
+    with writing(path) as temporary:
+        safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary,
+                                    metadata={"kind": kind, "config": json.dumps(cfg)})
+
+
+def open_safetensors(path):
+    """A safetensors file as {name: tensor}, memory-mapped, and its metadata. Raises InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        with safetensors.safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file (cut off while copying?): {error}") from None
+
+
+def read_checkpoint(path, kind):
+    """Config and weights of a file that `save_checkpoint` wrote for `kind`. Raises InputError."""
+    tensors, metadata = open_safetensors(path)
+    if metadata.get("kind") != kind:
+        raise InputError(f"{path} holds {metadata.get('kind', 'something else')!r} weights where {kind!r} weights are needed")
+    return json.loads(metadata["config"]), tensors
+
+
+def save_npz(path, arrays):
+    """Uncompressed .npz, so that a reader can map its arrays; written aside and renamed."""
+    with writing(path) as temporary, open(temporary, "wb") as f:
+        np.savez(f, **arrays)
+
+
+def save_grid(path, rows):
+    """Rows of uint8 images (n, H, W, 3) as one PNG, small images enlarged, two white pixels between neighbours."""
+    scale = max(1, 56 // rows[0].shape[1])
+    height, width = (side * scale + 2 for side in rows[0].shape[1:3])
+    sheet = np.full((len(rows) * height + 2, max(map(len, rows)) * width + 2, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(np.asarray(row).repeat(scale, 1).repeat(scale, 2)):
+            sheet[i * height + 2:(i + 1) * height, j * width + 2:(j + 1) * width] = image
+    with writing(path) as temporary:
+        Image.fromarray(sheet).save(temporary, "png")
+
+
+def run(main):
+    """Runs a script's main; bad input ends it with one sentence and exit code 1."""
+    try:
+        main()
+    except InputError as error:  # from a DataLoader worker it comes wrapped in that worker's traceback
+        sys.exit(f"{Path(sys.argv[0]).name}: {str(error).split('InputError: ')[-1].strip()}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def common_flags(parser, batch_size, **defaults):
+    """The flags that every script has; `batch_size` is the default, None where it depends on --size."""
+    flag = parser.add_argument
+    flag("--out", default="out", help="folder for everything that is written and looked for")
+    flag("--batch_size", type=int, default=batch_size, help="images per step over all ranks together")
+    flag("--seed", type=int, default=0)
+    flag("--device", default="auto", help="auto, cuda, mps or cpu")
+    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto is bf16 on CUDA and fp32 elsewhere")
+    flag("--compile", action="store_true", help="torch.compile what is hot")
+    flag("--num_workers", type=int, default=min(8, (os.cpu_count() or 1) // 2), help="processes that decode images, per rank")
+
+
+class Machine:
+    """Where a script runs: device, number type, rank and world size. A process group exists only under torchrun."""
+
+    def __init__(self, args):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        name = args.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch finds no CUDA device here; use --device cpu")
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        bf16 = args.dtype == "bf16" or args.dtype == "auto" and name == "cuda"
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        if name == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32, which exact_fp32 turns off around the code search
+        if args.batch_size % self.world:
+            raise InputError(f"--batch_size {args.batch_size} cannot be divided among {self.world} ranks")
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        self.compile = args.compile and self.can_compile()
+        self.print(f"{self.world} x {name}, {str(self.dtype)[6:]}" + (", compiled" if self.compile else ""))
+
+    def can_compile(self):
+        """torch.compile needs Triton on CUDA (there is none on Windows) and is not for MPS."""
+        from torch.utils._triton import has_triton
+        works = has_triton() if self.device.type == "cuda" else self.device.type == "cpu" and os.name == "posix"
+        if not works:
+            self.print("--compile: no Triton here, running uncompiled")
+        return works
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def print(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+
+# The habits of both training loops: learning rate, data order, EMA, log, state, and whether a step counts.
+
+
+def lr_at(step, args):
+    """Linear warmup, a flat part of args.hold steps, then linear decay to args.min_lr at the last step."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    done = (step - args.warmup - args.hold) / max(1, args.steps - args.warmup - args.hold)
+    return args.lr + (args.min_lr - args.lr) * min(1, max(0, done))
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def visited(seed, count, visits):
+    """Dataset indices of the given visit numbers: the run walks through one permutation after another without a gap."""
+    return [int(epoch_order(seed, visit // count, count)[visit % count]) for visit in visits]
+
+
+def step_generator(seed, step):
+    """Random numbers of a step, the same on every rank: each rank draws for the whole batch and takes its share."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+
+
+def share(tensor, machine):
+    """This rank's part of a tensor over the global batch."""
+    return tensor.chunk(machine.world)[machine.rank]
+
+
+@torch.no_grad()
+def update_ema(ema, model, half_life):
+    """ema <- model with the given half-life in steps."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - 0.5 ** (1 / max(half_life, 1e-3)))
+
+
+def param_groups(modules):
+    """AdamW groups for (module, lr-independent settings) pairs; weight decay falls on matrices only."""
+    groups = []
+    for module, betas, weight_decay in modules:
+        trained = [p for p in module.parameters() if p.requires_grad]
+        groups += [dict(params=[p for p in trained if p.ndim > 1], betas=betas, weight_decay=weight_decay),
+                   dict(params=[p for p in trained if p.ndim < 2], betas=betas, weight_decay=0.0)]
+    return groups
+
+
+class Progress:
+    """The .jsonl log and the line on screen of a training run; only rank 0 writes."""
+
+    def __init__(self, path, machine, args, step):
+        self.path, self.machine, self.args, self.wandb = Path(path), machine, args, None
+        self.clock, self.images = time.perf_counter(), 0
+        if machine.rank:
+            return
+        old = self.path.read_text().splitlines() if step and self.path.exists() else []
+        with writing(self.path) as temporary:  # a resumed run forgets what was logged after its state was saved
+            temporary.write_text("".join(line + "\n" for line in old if json.loads(line)["step"] <= step))
+        if args.wandb:
+            import wandb
+            self.wandb = wandb.init(project="prologue", config=vars(args))
+
+    def write(self, step, values):
+        if self.machine.rank == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": step} | values) + "\n")
+            if self.wandb:
+                self.wandb.log(values, step=step)
+
+    def line(self, step, values):
+        """Logs and prints the values with images/s since the last line and the time left."""
+        seconds = time.perf_counter() - self.clock
+        values["images_per_s"] = self.images / seconds
+        left = (self.args.steps - step) * self.args.batch_size / values["images_per_s"]
+        self.write(step, values)
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        self.machine.print(f"step {step}/{self.args.steps}  {text}  left {int(left) // 60}:{int(left) % 60:02}")
+        self.clock, self.images = time.perf_counter(), 0
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent in here does not count against images/s."""
+        before = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - before
+
+
+class Referee:
+    """All ranks agree on whether a step's losses were finite and whether somebody asked the run to stop."""
+
+    def __init__(self, machine):
+        self.machine, self.stop, self.skipped, self.in_a_row = machine, False, 0, 0
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self.ask)
+
+    def ask(self, *_):
+        self.stop = True
+
+    def step_counts(self, terms):
+        """terms: {name: loss}. False if any is not finite on any rank; after 10 such steps in a row raises InputError."""
+        finite = torch.stack([t.detach().isfinite().all() for t in terms.values()])
+        verdict = torch.cat([~finite, finite.new_tensor([self.stop])]).int()
+        if self.machine.world > 1:
+            dist.all_reduce(verdict, dist.ReduceOp.MAX)
+        *bad, stop = verdict.tolist()
+        self.stop = bool(stop)
+        if not any(bad):
+            self.in_a_row = 0
+            return True
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        first = list(terms)[bad.index(1)]
+        self.machine.print(f"step skipped: {first} is not finite ({self.skipped} so far)")
+        if self.in_a_row == 10:
+            raise InputError(f"the loss term {first} was not finite for 10 steps in a row; try a lower --lr or --dtype fp32")
+        return False
+
+
+def save_state(path, state):
+    with writing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path, resume, settings):
+    """The training state at `path` if --resume asks for it and there is one, else None. Raises InputError."""
+    if not resume or not Path(path).exists():
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise InputError(f"{path} is not a whole training state: {str(error).splitlines()[0]}") from None
+    for key, value in settings.items():
+        if state["settings"][key] != value:
+            raise InputError(f"--resume: {path} was made with {key} {state['settings'][key]!r}, this run has {value!r}")
+    return state
+
+

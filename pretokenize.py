@@ -1,0 +1,219 @@
+"""Stage 1.5: images in, tokens out. Every training image becomes one row of codes in out/codes.npz, once.
+
+    python pretokenize.py                                                  # embedded data, out/tokenizer.safetensors
+    python pretokenize.py --data my_images/ --crops center --flip          # a folder of class folders
+    torchrun --nproc_per_node 8 pretokenize.py --data imagenet.zip/ILSVRC/Data/CLS-LOC/train --crops ten
+
+The file also holds the data set that stage 1 trains on: a folder or a zip of images, and ADM's crops.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from common import InputError, Machine, common_flags, run, save_npz
+from tokenizer import Tokenizer, attention_backend
+
+EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist.zip"
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+ZIPS = {}  # one open handle per process and archive: a forked worker must not share its parent's file position
+
+
+def split_zip(path):
+    """"a/b.zip/c/d" -> ("a/b.zip", "c/d/"); (None, "") for a path that leads through no zip file."""
+    path = Path(path)
+    for part in (path, *path.parents):
+        if part.suffix.lower() == ".zip" and part.is_file():
+            inside = path.relative_to(part).as_posix()
+            return part, "" if inside == "." else inside + "/"
+    return None, ""
+
+
+def open_zip(archive):
+    key = (os.getpid(), str(archive))
+    if key not in ZIPS:
+        try:
+            ZIPS[key] = zipfile.ZipFile(archive)
+        except zipfile.BadZipFile:
+            raise InputError(f"{archive} is not a whole zip file") from None
+    return ZIPS[key]
+
+
+def shrink(image, shorter):
+    """Shorter side to `shorter`: halved with a box filter while it is at least twice that, then bicubic (ADM's way)."""
+    while min(image.size) >= 2 * shorter:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = shorter / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def crop(image, size, top, left):
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+def center_crop(image, size):
+    """PIL image -> (size, size, 3) uint8: shorter side to `size`, middle square. ADM's evaluation crop."""
+    image = shrink(image, size)
+    return crop(image, size, (image.height - size) // 2, (image.width - size) // 2)
+
+
+def random_crop(image, size, rng):
+    """ADM's training crop: shorter side to a random length in [size, size / 0.8], then a random square."""
+    image = shrink(image, rng.randint(size, math.ceil(size / 0.8)))
+    return crop(image, size, rng.randint(0, image.height - size), rng.randint(0, image.width - size))
+
+
+def five_crops(image, size):
+    """Shorter side to 1.1 * size (281 for 256), the four corners and the centre."""
+    image = shrink(image, int(1.1 * size))
+    bottom, right = image.height - size, image.width - size
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
+    return [crop(image, size, top, left) for top, left in corners]
+
+
+class Images(torch.utils.data.Dataset):
+    """The images under a folder or under a path into a zip; the classes are the sorted names of the folders there.
+
+    A key is (visit, index); `crops` "none", "center" and "ten" give every view of the image, "random" one view that is
+    a function of (seed, visit) alone. Items are (uint8 tensor (views, 3, size, size), index). Raises InputError.
+    """
+
+    def __init__(self, path, size, crops="center", flip=False, seed=0):
+        self.size, self.crops, self.flip, self.seed = size, crops, flip, seed
+        self.archive, inside = split_zip(path)
+        if self.archive:
+            self.root, names = inside, [n[len(inside):] for n in open_zip(self.archive).namelist() if n.startswith(inside)]
+        elif Path(path).is_dir():
+            self.root = str(path)
+            names = [os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
+                     for folder, _, files in os.walk(path, followlinks=True) for name in files]
+        else:
+            raise InputError(f"data path {path} does not exist: a folder, a zip file or a path into a zip file is needed")
+        self.names = sorted(n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS and not n.startswith("__MACOSX"))
+        if not self.names:
+            raise InputError(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})")
+        folders = [n.rpartition("/")[0].split("/")[0] for n in self.names]
+        self.classes = sorted(set(folders))
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([number[folder] for folder in folders])
+
+    def __len__(self):
+        return len(self.names)
+
+    def open(self, index):
+        """PIL image in RGB, whatever the file's mode or extension. Raises InputError with the file's name."""
+        name = self.names[index]
+        try:
+            file = open_zip(self.archive).open(self.root + name) if self.archive else open(os.path.join(self.root, name), "rb")
+            with file, Image.open(file) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, zipfile.BadZipFile) as error:
+            raise InputError(f"{name} in {self.archive or self.root} cannot be read as an image: {error}") from None
+
+    def views(self, image, visit):
+        """The crops (size, size, 3) of one image, mirrored copies after them."""
+        if self.crops == "random":
+            rng = random.Random(f"{self.seed} {visit}")
+            view = random_crop(image, self.size, rng)
+            return [view[:, ::-1] if self.flip and rng.random() < 0.5 else view]
+        if self.crops == "none":
+            views = [np.asarray(image)]
+        else:
+            views = five_crops(image, self.size) if self.crops == "ten" else [center_crop(image, self.size)]
+        return views + [v[:, ::-1] for v in views] if self.flip or self.crops == "ten" else views
+
+    def __getitem__(self, key):
+        visit, index = key
+        image = self.open(index)
+        if self.crops == "none" and image.size != (self.size, self.size):
+            raise InputError(f"{self.names[index]} is {image.width} x {image.height}; without a crop every image must be "
+                             f"{self.size} x {self.size}")
+        views = np.ascontiguousarray(np.stack(self.views(image, visit)).transpose(0, 3, 1, 2))  # (views, 3, size, size)
+        return torch.from_numpy(views), index
+
+    def batches(self, keys, num_workers):
+        """DataLoader over lists of keys: uint8 (B, views, 3, size, size), indices (B,)."""
+        return torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=num_workers,
+                                           pin_memory=torch.cuda.is_available(), persistent_workers=False)
+
+
+def to_float(images):
+    """uint8 -> float in [-1, 1]"""
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def tokenize(tokenizer, images, machine, batch_size, num_workers, title):
+    """Codes of every view of every image: uint16 (images, views, K+N), the same on every rank. """
+    encode = torch.compile(tokenizer.encode) if machine.compile else tokenizer.encode
+    shape = (len(images), len(images.views(images.open(0), 0)), tokenizer.cfg.num_prologue + tokenizer.cfg.num_visual)
+    codes = torch.zeros(shape, dtype=torch.int32)
+    keys = [(i, i) for i in range(machine.rank, len(images), machine.world)]
+    step = max(1, batch_size // machine.world // shape[1])
+    loader = images.batches([keys[i:i + step] for i in range(0, len(keys), step)], num_workers)
+    for batch, index in tqdm(loader, desc=title, unit="batch", disable=machine.rank > 0):
+        with machine.autocast():
+            part = encode(to_float(batch.flatten(0, 1).to(machine.device)))  # (images*views, K+N)
+        codes[index] = part.view(len(batch), *shape[1:]).int().cpu()
+    if machine.world > 1:  # every row was filled on one rank and is 0 on the others
+        codes = codes.to(machine.device)
+        dist.all_reduce(codes)
+    return codes.cpu().numpy().astype(np.uint16)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Turn images into tokens.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--data", default=str(EMBEDDED / "train"), help="training images: a folder, or a path into a zip, of class folders")
+    flag("--val_data", help="held-out images; by default the folder val beside a --data named train, if there is one")
+    flag("--tokenizer", help="tokenizer file or released directory; by default tokenizer.safetensors in --out")
+    flag("--crops", default="center", choices=["none", "center", "ten"],
+         help="none: images already have the size; center: the middle square; ten: 4 corners and centre, each mirrored")
+    flag("--flip", action="store_true", help="add a mirrored copy of each crop (always so with ten)")
+    common_flags(parser, batch_size=256)
+    return parser.parse_args()
+
+
+def default_val(data):
+    """The folder `val` beside a training folder `train`, or None."""
+    beside = Path(data).parent / "val"
+    archive, inside = split_zip(beside)
+    exists = any(n.startswith(inside) for n in open_zip(archive).namelist()) if archive else beside.is_dir()
+    return str(beside) if Path(data).name == "train" and exists else None
+
+
+def main():
+    args = parse_args()
+    machine = Machine(args)
+    machine.print("attention by", attention_backend(machine.device, machine.dtype))
+    path = args.tokenizer or Path(args.out) / "tokenizer.safetensors"
+    tokenizer = Tokenizer.load(path).to(machine.device)
+    if tokenizer.cfg.codebook_size > 2**16:
+        raise InputError(f"{path} has {tokenizer.cfg.codebook_size} codes; a token file holds at most {2**16}")
+    val_data = args.val_data or default_val(args.data)
+    jobs = [(args.data, "codes.npz", args.crops, args.flip)]
+    jobs += [(val_data, "codes_val.npz", "none" if args.crops == "none" else "center", False)] if val_data else []
+    for data, name, crops, flip in jobs:
+        images = Images(data, tokenizer.cfg.image_size, crops, flip)
+        codes = tokenize(tokenizer, images, machine, args.batch_size, args.num_workers, f"{name} from {data}")
+        if machine.rank == 0:
+            config = {"tokenizer": asdict(tokenizer.cfg), "fingerprint": tokenizer.fingerprint(), "classes": images.classes,
+                      "data": str(data), "crops": crops, "flip": flip}
+            save_npz(Path(args.out) / name, dict(codes=codes, labels=images.labels, config=json.dumps(config)))
+            used = [len(np.unique(part)) for part in np.split(codes, [tokenizer.cfg.num_prologue], axis=2)]
+            print(f"{Path(args.out) / name}: {codes.shape[0]} images x {codes.shape[1]} crops x {codes.shape[2]} codes, "
+                  f"in use: {used[0]}/{tokenizer.cfg.prologue_codebook_size} prologue, {used[1]}/{tokenizer.cfg.codebook_size} visual")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,220 @@
+"""Stage 2: train the AR model from scratch on the frozen tokenizer's codes.
+
+    python train_ar.py                                           # tiny, out/codes.npz, a few minutes
+    torchrun --nproc_per_node 8 train_ar.py --size B --compile --out out_b
+
+Cross-entropy over [prologue, EOS, visual], the class dropped 10% of the time for classifier-free guidance, one of the
+stored crops drawn at each visit. In --out it leaves ar.safetensors (raw weights, the ones that are sampled),
+train_ar.jsonl, train_ar.png and train_ar.pt (for --resume).
+"""
+import argparse
+import contextlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ar import AR, SIZES, ARConfig
+from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
+                    save_state, share, step_generator, visited)
+from tokenizer import Tokenizer, TokenizerConfig, attention_backend, to_uint8
+
+# Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
+RECIPES = {
+    "tiny": dict(steps=1500, batch_size=64, lr=1e-3, min_lr=1e-5, warmup=50, hold=0, log_every=50, eval_every=250, save_every=500),
+    "S": dict(steps=1_000_000, batch_size=512, lr=2e-4, min_lr=5e-5, warmup=20_000, hold=100_000, log_every=100,
+              eval_every=5000, save_every=5000),
+}
+RECIPES |= {size: RECIPES["S"] for size in ("B", "L", "XL")}
+
+
+class Loss(nn.Module):
+    """The AR model's cross-entropy as a module, for DistributedDataParallel to wrap."""
+
+    def __init__(self, ar):
+        super().__init__()
+        self.ar = ar
+
+    def forward(self, codes, labels):
+        return self.ar.cross_entropy(codes, labels)
+
+
+class Tokens:
+    """A token file: codes (images, crops, K+N) uint16, labels (images,), and the config of what made it. Raises InputError."""
+
+    def __init__(self, path):
+        if not Path(path).is_file():
+            raise InputError(f"{path} does not exist; make it with pretokenize.py, or name another with --codes")
+        try:
+            file = np.load(path)
+            self.codes, self.labels, config = file["codes"], file["labels"], json.loads(str(file["config"]))
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path} is not a token file of pretokenize.py: {error}") from None
+        self.classes, self.fingerprint = config["classes"], config["fingerprint"]
+        self.cfg = TokenizerConfig(**config["tokenizer"])
+        if self.codes.shape[2] != self.cfg.num_prologue + self.cfg.num_visual:
+            raise InputError(f"{path} holds {self.codes.shape[2]} codes per image, its own config says "
+                             f"{self.cfg.num_prologue}+{self.cfg.num_visual}")
+
+    def batch(self, images, crops, device):
+        """codes (B, K+N) and labels (B,) of the given image numbers and crop numbers."""
+        return (torch.from_numpy(self.codes[images, crops].astype(np.int64)).to(device),
+                torch.from_numpy(self.labels[images]).to(device))
+
+
+@torch.no_grad()
+def evaluate(ar, tokens, machine, count):
+    """Held-out nats per image of each part of the sequence, class given, first crop, over the first `count` images."""
+    count, k = min(count, len(tokens.codes)), ar.cfg.num_prologue
+    sums = torch.zeros(3, device=machine.device)
+    for part in torch.arange(machine.rank, count, machine.world).split(64):
+        codes, labels = tokens.batch(part.numpy(), 0, machine.device)
+        with machine.autocast():
+            nats = ar.cross_entropy(codes, labels, reduction="none")  # (B, L)
+        sums += torch.stack([nats[:, :k].sum(), nats[:, k:k + (k > 0)].sum(), nats[:, k + (k > 0):].sum()])
+    if machine.world > 1:
+        dist.all_reduce(sums)
+    prologue, eos, visual = (sums / count).tolist()
+    return {"val_nats": prologue + eos + visual, "val_nats_prologue": prologue, "val_nats_visual": visual}
+
+
+def draw(ar, tokenizer, machine, path):
+    """A picture of 10 samples for each of up to 8 classes, without guidance, the same noise each time."""
+    labels = torch.arange(min(8, ar.cfg.num_classes), device=machine.device).repeat_interleave(10)
+    with machine.autocast():
+        images = tokenizer.decode(ar.generate(labels, generator=torch.Generator().manual_seed(0)))
+    save_grid(path, list(to_uint8(images).split(10)))
+
+
+def parse_args():
+    size = argparse.ArgumentParser(add_help=False)
+    size.add_argument("--size", default="tiny", choices=SIZES, help="sets the defaults below; see --size B --help")
+    recipe = RECIPES[size.parse_known_args()[0].size]
+    parser = argparse.ArgumentParser(description="Train an AR model on tokens.", parents=[size],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--codes", help="token file; by default codes.npz in --out")
+    flag("--val_codes", help="held-out token file; by default the --codes name with _val, if there is one")
+    flag("--tokenizer", help="tokenizer file or released directory, to draw samples; by default tokenizer.safetensors in --out")
+    flag("--steps", type=int, default=recipe["steps"])
+    flag("--micro_batch_size", type=int, help="images per forward and rank; by default all of the rank's share")
+    flag("--lr", type=float, default=recipe["lr"])
+    flag("--min_lr", type=float, default=recipe["min_lr"])
+    flag("--warmup", type=int, default=recipe["warmup"], help="steps of linear warmup")
+    flag("--hold", type=int, default=recipe["hold"], help="steps at --lr before the linear decay to --min_lr")
+    flag("--beta2", type=float, default=0.96, help="of AdamW; beta1 is 0.9")
+    flag("--weight_decay", type=float, default=0.03, help="on matrices only")
+    flag("--dropout", type=float, default=0.1, help="on embedding, attention output and MLP output")
+    flag("--class_dropout", type=float, default=0.1, help="share of images trained without their class")
+    flag("--grad_clip", type=float, default=1.0, help="largest gradient norm")
+    flag("--log_every", type=int, default=recipe["log_every"])
+    flag("--eval_every", type=int, default=recipe["eval_every"], help="steps between held-out losses and sample pictures")
+    flag("--eval_images", type=int, default=2000, help="held-out images per evaluation")
+    flag("--save_every", type=int, default=recipe["save_every"])
+    flag("--resume", action="store_true", help="go on from train_ar.pt in --out, if it is there")
+    flag("--wandb", action="store_true", help="also log to Weights & Biases")
+    common_flags(parser, batch_size=recipe["batch_size"])
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    machine, out = Machine(args), Path(args.out)
+    machine.print("attention by", attention_backend(machine.device, machine.dtype))
+    per_rank = args.batch_size // machine.world
+    micro = args.micro_batch_size or per_rank
+    if per_rank % micro:
+        raise InputError(f"--micro_batch_size {micro} does not divide the {per_rank} images of each rank")
+
+    codes_path = Path(args.codes or out / "codes.npz")
+    tokens = Tokens(codes_path)
+    val_path = Path(args.val_codes or codes_path.with_name(codes_path.stem + "_val.npz"))
+    val = Tokens(val_path) if args.val_codes or val_path.exists() else None
+    tokenizer_path = args.tokenizer or out / "tokenizer.safetensors"
+    tokenizer = Tokenizer.load(tokenizer_path).to(machine.device)
+    for path, file in ((codes_path, tokens), (val_path, val)):
+        if file and (file.cfg, file.fingerprint) != (tokenizer.cfg, tokenizer.fingerprint()):
+            raise InputError(f"{path} was made by another tokenizer than {tokenizer_path}; run pretokenize.py again")
+        if file and file.classes != tokens.classes:
+            raise InputError(f"{path} and {codes_path} have different classes: {file.classes[:3]}... and {tokens.classes[:3]}...")
+
+    torch.manual_seed(args.seed)
+    ar = AR(ARConfig.for_tokenizer(tokenizer.cfg, **SIZES[args.size], num_classes=len(tokens.classes), dropout=args.dropout,
+                                   classes=tokens.classes, tokenizer=tokens.fingerprint)).to(machine.device)
+    optimizer = torch.optim.AdamW(param_groups([(ar, (0.9, args.beta2), args.weight_decay)]), lr=args.lr, fused=True)
+    settings = {"model": asdict(ar.cfg), "batch_size": args.batch_size, "seed": args.seed}
+    state = load_state(out / "train_ar.pt", args.resume, settings)
+    start = state["step"] if state else 0
+    if state:
+        ar.load_state_dict(state["ar"])
+        optimizer.load_state_dict(state["optimizer"])
+        machine.print(f"going on from step {start}")
+    if machine.compile:
+        ar.transformer.compile()
+    model = Loss(ar)
+    if machine.world > 1:
+        model = DistributedDataParallel(model, device_ids=[machine.device.index] if machine.device.type == "cuda" else None)
+
+    def save(step):
+        if machine.rank == 0:
+            ar.save(out / "ar.safetensors")
+            save_state(out / "train_ar.pt", {"ar": ar.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                             "settings": settings})
+
+    progress, referee = Progress(out / "train_ar.jsonl", machine, args, start), Referee(machine)
+    machine.print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters, {len(tokens.codes)} images x "
+                  f"{tokens.codes.shape[1]} crops x {tokens.codes.shape[2]} codes, {len(tokens.classes)} classes")
+    ar.train()
+    for step in range(start, args.steps):
+        # Everything random is drawn for the whole batch from (seed, step); dropout from (seed, step, rank).
+        torch.manual_seed(args.seed * 1_000_003 + step * machine.world + machine.rank)
+        generator = step_generator(args.seed, step)
+        numbers = range(step * args.batch_size, (step + 1) * args.batch_size)
+        index = share(torch.tensor(visited(args.seed, len(tokens.codes), numbers)), machine).numpy()
+        crops = share(torch.randint(tokens.codes.shape[1], (args.batch_size,), generator=generator), machine).numpy()
+        unlabelled = share(torch.rand(args.batch_size, generator=generator) < args.class_dropout, machine).to(machine.device)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, args)
+        optimizer.zero_grad()
+        loss = 0
+        for i in range(0, per_rank, micro):
+            codes, labels = tokens.batch(index[i:i + micro], crops[i:i + micro], machine.device)
+            labels = labels.masked_fill(unlabelled[i:i + micro], ar.cfg.num_classes)
+            last = i + micro == per_rank
+            with model.no_sync() if machine.world > 1 and not last else contextlib.nullcontext():
+                with machine.autocast():
+                    part = model(codes, labels) * micro / per_rank
+                part.backward()
+            loss = loss + part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip)
+        if referee.step_counts({"cross-entropy": loss, "gradient norm": norm}):
+            optimizer.step()
+        progress.images += args.batch_size
+
+        done, final = step + 1, step + 1 == args.steps or referee.stop
+        if done % args.log_every == 0 or final:
+            progress.line(done, {"ce": loss.item(), "nats": loss.item() * ar.length, "grad_norm": norm.item(), "lr": lr_at(step, args)})
+        with progress.paused():
+            if done % args.eval_every == 0 or final:
+                ar.eval()
+                if val:
+                    values = evaluate(ar, val, machine, args.eval_images)
+                    progress.write(done, values)
+                    machine.print("  held-out: " + "  ".join(f"{k[4:]} {v:.4g}" for k, v in values.items()))
+                if machine.rank == 0:
+                    draw(ar, tokenizer, machine, out / "train_ar.png")
+                ar.train()
+            if done % args.save_every == 0 or final:
+                save(done)
+        if referee.stop:
+            machine.print(f"asked to stop: saved after step {done}, go on with --resume")
+            break
+
+
+if __name__ == "__main__":
+    run(main)

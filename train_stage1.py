@@ -1,0 +1,437 @@
+"""Stage 1: train the tokenizer and, beside it, the small AR model whose cross-entropy shapes the prologue tokens.
+
+    python train_stage1.py                                       # tiny, embedded data, CPU or GPU, a few minutes
+    python train_stage1.py --layout 2d --out out_2d              # the baseline without a prologue
+    torchrun --nproc_per_node 8 train_stage1.py --size B --data imagenet.zip/ILSVRC/Data/CLS-LOC/train --compile
+
+    loss = L1 + perceptual + 0.1 * GAN_G + vq + lambda * CE      (paper equation 2; lambda reaches the encoder only)
+
+One forward and one backward of encoder, decoder and AR per step, then one of the discriminator. In --out it leaves
+tokenizer.safetensors (EMA weights), joint_ar.safetensors, train_stage1.jsonl, train_stage1.png and train_stage1.pt (for --resume).
+"""
+import argparse
+import contextlib
+import copy
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import ar as ar_model
+from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
+                    save_state, share, step_generator, update_ema, visited)
+from pretokenize import EMBEDDED, Images, default_val, to_float
+from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, attention_backend, to_uint8
+
+# Defaults by --size: the paper's for B and L (150 and 200 epochs of ImageNet at batch 256), minutes on two cores for tiny.
+RECIPES = {
+    "tiny": dict(steps=1000, batch_size=64, lr=1e-3, min_lr=1e-4, warmup=50, hold=500, ar_size="tiny", perceptual="none",
+                 gan_channels=16, crop="center", log_every=20, eval_every=250, save_every=250),
+    "B": dict(steps=750_000, batch_size=256, lr=1e-4, min_lr=3e-5, warmup=20_000, hold=100_000, ar_size="S", perceptual="vgg",
+              gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
+    "L": dict(steps=1_000_000, batch_size=256, lr=1e-4, min_lr=1e-5, warmup=20_000, hold=100_000, ar_size="S",
+              perceptual="convnext", gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
+}
+
+
+class ScaleGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by `scale`."""
+
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.scale, None
+
+
+class Stage1(nn.Module):
+    """Tokenizer and joint AR in one forward. lambda multiplies the gradient that CE sends into the one-hot prologue and
+    nothing else: the encoder is trained on lambda * CE and the AR on CE, as two separate updates would."""
+
+    def __init__(self, tokenizer, ar, ce_weight):
+        super().__init__()
+        self.tokenizer, self.ar, self.ce_weight = tokenizer, ar, ce_weight
+
+    def forward(self, images, drop):
+        """images (B, 3, H, W), drop (B,) bool -> reconstruction, codes (B, K+N), VQ loss, CE"""
+        reconstruction, codes, onehot, vq_loss = self.tokenizer(images)
+        if self.ar is None:
+            return reconstruction, codes, vq_loss, vq_loss.new_zeros(())
+        labels = codes.new_full((len(codes),), self.ar.cfg.num_classes)  # always unconditional
+        ce = self.ar.cross_entropy(codes, labels, onehot=ScaleGradient.apply(onehot, self.ce_weight), drop=drop)
+        return reconstruction, codes, vq_loss, ce
+
+
+class Discriminator(nn.Module):
+    """PatchGAN: three stride-2 convolutions, BatchNorm, LeakyReLU(0.2), a grid of logits."""
+
+    def __init__(self, channels):
+        super().__init__()
+        layers, width = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)], channels
+        for stride, out in ((2, 2 * channels), (2, 4 * channels), (1, 8 * channels)):
+            layers += [nn.Conv2d(width, out, 4, stride, 1, bias=False), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
+            width = out
+        self.net = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+        for module in self.net:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1, 0.02)
+
+    def forward(self, real, fake, r1):
+        """Logits of both batches, each with its own BatchNorm statistics, and R1: |dD(real)/dreal|^2 summed over pixels."""
+        real = real.detach().requires_grad_(r1)
+        logits_real, logits_fake = self.net(real), self.net(fake.detach())
+        if not r1:
+            return logits_real, logits_fake, logits_real.new_zeros(())
+        gradient, = torch.autograd.grad(logits_real.sum(), real, create_graph=True)
+        return logits_real, logits_fake, gradient.square().sum((1, 2, 3)).mean()
+
+
+class LPIPS(nn.Module):
+    """LPIPS on VGG16 with the lpips package's linear weights; the root is guarded, because flat black images have
+    all-zero features and the package's own root gives NaN gradients there. (B, 3, H, W) in [-1, 1] -> scalar."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        import lpips
+        import torchvision
+        self.vgg = load_torchvision(torchvision.models.vgg16, "VGG16_Weights", weights, "--vgg_weights").features[:30]
+        linear = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+        self.linear = nn.ParameterList(torch.load(linear, weights_only=True, map_location="cpu").values())  # 5 of (1, c, 1, 1)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
+
+    def features(self, images):
+        x = (images - self.shift) / self.scale
+        for i, layer in enumerate(self.vgg):
+            x = layer(x)
+            if i in (3, 8, 15, 22, 29):  # relu1_2, 2_2, 3_3, 4_3, 5_3
+                yield x.float() * (x.float().square().sum(1, keepdim=True) + 1e-8).rsqrt()
+
+    def forward(self, images, target):
+        with torch.no_grad():
+            wanted = list(self.features(target))
+        return sum((w * (a - b).square()).sum(1).mean() for w, a, b in zip(self.linear, self.features(images), wanted))
+
+
+class ConvNextLoss(nn.Module):
+    """MSE between ConvNeXt-S's 1,000 logits of both images at 224 x 224. (B, 3, H, W) in [-1, 1] -> scalar."""
+
+    def __init__(self, weights=None):
+        super().__init__()
+        import torchvision
+        self.net = load_torchvision(torchvision.models.convnext_small, "ConvNeXt_Small_Weights", weights, "--convnext_weights")
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
+
+    def logits(self, images):
+        x = F.interpolate(images / 2 + 0.5, (224, 224), mode="bilinear", antialias=True)
+        return self.net((x - self.mean) / self.std).float()
+
+    def forward(self, images, target):
+        with torch.no_grad():
+            wanted = self.logits(target)
+        return F.mse_loss(self.logits(images), wanted)
+
+
+def load_torchvision(build, enum, file, flag):
+    """A torchvision network with the weights in `file`, or with the downloaded ImageNet ones. Raises InputError."""
+    import torchvision
+    weights = getattr(torchvision.models, enum).IMAGENET1K_V1
+    name = weights.url.rpartition("/")[2]
+    try:
+        if not file:
+            return build(weights=weights)
+        model = build()
+        model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        return model
+    except Exception as error:
+        raise InputError(f"the perceptual loss needs torchvision's {name} and {file or 'its download'} gave none "
+                         f"({str(error).splitlines()[0]}); give the file as {flag}, or --perceptual none") from None
+
+
+class Perceptual(nn.Module):
+    """none, vgg, convnext, or both = vgg + 0.1 * convnext; frozen and in eval mode."""
+
+    def __init__(self, kind, vgg_weights, convnext_weights):
+        super().__init__()
+        self.vgg = LPIPS(vgg_weights) if kind in ("vgg", "both") else None
+        self.convnext = ConvNextLoss(convnext_weights) if kind in ("convnext", "both") else None
+        self.eval().requires_grad_(False)
+
+    def forward(self, images, target):
+        loss = images.new_zeros(())
+        if self.vgg is not None:
+            loss = loss + self.vgg(images, target)
+        if self.convnext is not None:
+            loss = loss + (0.1 if self.vgg is not None else 1.0) * self.convnext(images, target)
+        return loss
+
+
+def code_usage(counts):
+    """Codes in use and perplexity of a histogram of codes."""
+    p = counts.double() / counts.sum().clamp_min(1)
+    return int((counts > 0).sum()), float((-(p * p.clamp_min(1e-30).log()).sum()).exp())
+
+
+def histograms(codes, cfg):
+    """Histograms (P,) and (V,) of codes (B, K+N)."""
+    return (torch.bincount(codes[:, :cfg.num_prologue].flatten(), minlength=cfg.prologue_codebook_size),
+            torch.bincount(codes[:, cfg.num_prologue:].flatten(), minlength=cfg.codebook_size))
+
+
+@torch.no_grad()
+def evaluate(tokenizer, ar, images, machine, args):
+    """Measures over the first --eval_images held-out images, shared among the ranks, and a picture of the first eight."""
+    cfg, count = tokenizer.cfg, min(args.eval_images, len(images))
+    keys = [(i, i) for i in range(machine.rank, count, machine.world)]
+    sums = torch.zeros(5, dtype=torch.float64)  # PSNR, L1, nats of prologue, EOS, visual
+    used = [torch.zeros(cfg.prologue_codebook_size, dtype=torch.int64), torch.zeros(cfg.codebook_size, dtype=torch.int64)]
+    picture = None
+    for batch, _ in images.batches([keys[i:i + 64] for i in range(0, len(keys), 64)], 0):
+        x = to_float(batch[:, 0].to(machine.device))
+        with machine.autocast():
+            codes = tokenizer.encode(x)
+            y = tokenizer.decode(codes)
+        a, b = to_uint8(x), to_uint8(y)
+        picture = (a[:16], b[:16]) if picture is None else picture
+        mse = (a.double() - b.double()).square().mean((1, 2, 3)).clamp_min(1e-10)
+        sums[0] += (10 * (255**2 / mse).log10()).sum()
+        sums[1] += (x - y).abs().mean((1, 2, 3)).sum().item()
+        if ar is not None:
+            with machine.autocast():
+                nats = ar.cross_entropy(codes, codes.new_full((len(codes),), ar.cfg.num_classes), reduction="none").double()
+            k = cfg.num_prologue
+            sums[2:] += torch.stack([nats[:, :k].sum(), nats[:, k].sum(), nats[:, k + 1:].sum()]).cpu()
+        for total, part in zip(used, histograms(codes.cpu(), cfg)):
+            total += part
+    if machine.world > 1:
+        for tensor in (sums, *used):
+            moved = tensor.to(machine.device)
+            dist.all_reduce(moved)
+            tensor.copy_(moved)
+    psnr, l1, *nats = (sums / count).tolist()
+    values = {"val_psnr": psnr, "val_l1": l1}
+    if ar is not None:
+        values |= dict(zip(("val_nats_prologue", "val_nats_eos", "val_nats_visual"), nats))
+        values["val_usage_prologue"], values["val_perplexity_prologue"] = code_usage(used[0])
+    values["val_usage_visual"], values["val_perplexity_visual"] = code_usage(used[1])
+    return values, picture
+
+
+def parse_args():
+    size = argparse.ArgumentParser(add_help=False)
+    size.add_argument("--size", default="tiny", choices=SIZES, help="sets the defaults below; see --size B --help")
+    chosen = size.parse_known_args()[0].size
+    model, recipe = SIZES[chosen], RECIPES[chosen]
+    cfg = TokenizerConfig(**model)
+    parser = argparse.ArgumentParser(description="Train a tokenizer.", parents=[size],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--data", default=str(EMBEDDED / "train"), help="training images: a folder, or a path into a zip, of class folders")
+    flag("--val_data", help="held-out images; by default the folder val beside a --data named train, else --data")
+    flag("--layout", default="prologue", choices=LAYOUTS)
+    flag("--init", metavar="TOKENIZER", help="layout post: the trained 2d tokenizer to freeze")
+    flag("--image_size", type=int, default=cfg.image_size)
+    flag("--patch_size", type=int, default=cfg.patch_size)
+    flag("--codebook_size", type=int, default=cfg.codebook_size, help="visual codes V")
+    flag("--code_dim", type=int, default=cfg.code_dim, help="dimensions of a code")
+    flag("--num_prologue", type=int, default=cfg.num_prologue, help="prologue tokens K")
+    flag("--prologue_codebook_size", type=int, default=cfg.prologue_codebook_size, help="prologue codes P")
+    flag("--tau", type=float, default=cfg.tau, help="temperature of Prob-STE")
+    flag("--ar_size", default=recipe["ar_size"], choices=ar_model.SIZES, help="size of the joint AR")
+    flag("--steps", type=int, default=recipe["steps"])
+    flag("--micro_batch_size", type=int, help="images per forward and rank; by default all of the rank's share")
+    flag("--lr", type=float, default=recipe["lr"])
+    flag("--min_lr", type=float, default=recipe["min_lr"])
+    flag("--warmup", type=int, default=recipe["warmup"], help="steps of linear warmup")
+    flag("--hold", type=int, default=recipe["hold"], help="steps at --lr before the linear decay to --min_lr")
+    flag("--ema_half_life", type=float, default=1000, help="steps; at most a tenth of the steps so far")
+    flag("--ce_weight", type=float, default=3.0, help="lambda: what the encoder's CE gradient is multiplied by")
+    flag("--visual_dropout", type=float, default=0.5, help="share of images whose visual tokens the AR does not see")
+    flag("--perceptual", default=recipe["perceptual"], choices=["none", "vgg", "convnext", "both"])
+    flag("--vgg_weights", help="torchvision's VGG16 file, instead of downloading it")
+    flag("--convnext_weights", help="torchvision's ConvNeXt-Small file, instead of downloading it")
+    flag("--gan_weight", type=float, default=0.1, help="0 trains without a discriminator")
+    flag("--gan_channels", type=int, default=recipe["gan_channels"], help="discriminator width")
+    flag("--lecam_weight", type=float, default=0.001)
+    flag("--r1_weight", type=float, default=0.01)
+    flag("--r1_every", type=int, default=25, help="steps between R1 penalties")
+    flag("--crop", default=recipe["crop"], choices=["none", "center", "random"])
+    flag("--flip", action=argparse.BooleanOptionalAction, default=recipe["crop"] == "random", help="mirror half of the images")
+    flag("--log_every", type=int, default=recipe["log_every"])
+    flag("--eval_every", type=int, default=recipe["eval_every"])
+    flag("--eval_images", type=int, default=1000, help="held-out images per evaluation")
+    flag("--save_every", type=int, default=recipe["save_every"])
+    flag("--resume", action="store_true", help="go on from train_stage1.pt in --out, if it is there")
+    flag("--wandb", action="store_true", help="also log to Weights & Biases")
+    common_flags(parser, batch_size=recipe["batch_size"])
+    args = parser.parse_args()
+    args.model = {key: getattr(args, key, value) for key, value in model.items()} | {"layout": args.layout} | {
+        key: getattr(args, key) for key in ("code_dim", "num_prologue", "prologue_codebook_size", "tau", "image_size", "patch_size")}
+    return args
+
+
+def build(args, machine):
+    """Tokenizer and joint AR (None without a prologue), the same on every rank."""
+    torch.manual_seed(args.seed)
+    tokenizer, ar = Tokenizer(TokenizerConfig(**args.model)), None
+    if tokenizer.cfg.num_prologue:
+        ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(tokenizer.cfg, num_classes=0, **ar_model.SIZES[args.ar_size]))
+    return tokenizer.to(machine.device), ar and ar.to(machine.device)
+
+
+def discriminator_loss(discriminator, real, fake, averages, args, r1):
+    """Vanilla GAN loss, LeCam towards the averages (real, fake) of mean logits, R1; and the mean logits of this batch."""
+    logits_real, logits_fake, penalty = discriminator(real, fake, r1)
+    logits_real, logits_fake = logits_real.float(), logits_fake.float()
+    loss = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+    lecam = F.relu(logits_real - averages[1]).square().mean() + F.relu(averages[0] - logits_fake).square().mean()
+    loss = loss + args.lecam_weight * lecam + args.r1_weight / 2 * penalty
+    return loss, torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
+
+
+def main():
+    args = parse_args()
+    machine, out = Machine(args), Path(args.out)
+    machine.print("attention by", attention_backend(machine.device, machine.dtype))
+    per_rank = args.batch_size // machine.world
+    micro = args.micro_batch_size or per_rank
+    if per_rank % micro:
+        raise InputError(f"--micro_batch_size {micro} does not divide the {per_rank} images of each rank")
+    if args.gan_weight and micro < 2:
+        raise InputError("the discriminator's BatchNorm needs at least 2 images per forward; use a larger --batch_size or --micro_batch_size")
+
+    # Data, models, optimizers.
+    images = Images(args.data, args.image_size, args.crop, args.flip, args.seed)
+    val = Images(args.val_data or default_val(args.data) or args.data, args.image_size, "none" if args.crop == "none" else "center")
+    tokenizer, ar = build(args, machine)
+    ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
+    gan = Discriminator(args.gan_channels).to(machine.device) if args.gan_weight else None
+    perceptual = Perceptual(args.perceptual, args.vgg_weights, args.convnext_weights).to(machine.device)
+    parts = [(tokenizer, (0.0, 0.99), 0.0)] + ([(ar, (0.9, 0.99), 0.03)] if ar else [])
+    optimizers = [torch.optim.AdamW(param_groups(parts), lr=args.lr, fused=True)]
+    if gan:
+        optimizers.append(torch.optim.AdamW(gan.parameters(), lr=args.lr, betas=(0.0, 0.99), weight_decay=1e-4, fused=True))
+    averages = torch.zeros(2, device=machine.device)  # LeCam: mean logits of real and of fake images
+
+    # Resume.
+    modules = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
+    settings = {"model": args.model, "batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size}
+    state = load_state(out / "train_stage1.pt", args.resume, settings)
+    start = state["step"] if state else 0
+    if state:
+        for name, module in modules.items():
+            module.load_state_dict(state[name])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        averages.copy_(state["averages"])
+        machine.print(f"going on from step {start}")
+
+    if machine.compile:  # in place, so that the names of the weights stay as they are
+        for part in [tokenizer.encoder.transformer, tokenizer.decoder.transformer] + ([ar.transformer] if ar else []):
+            part.compile()
+    model = stage1 = Stage1(tokenizer, ar, args.ce_weight)
+    discriminator = gan
+    if machine.world > 1:
+        # Copying BatchNorm buffers before each forward would change tensors that the backward still needs.
+        wrap = dict(device_ids=[machine.device.index] if machine.device.type == "cuda" else None, broadcast_buffers=False)
+        model, discriminator = DistributedDataParallel(stage1, **wrap), gan and DistributedDataParallel(gan, **wrap)
+
+    def visits():
+        """For each forward of this rank, its list of (visit, index); `visit` counts images over the whole run."""
+        for step in range(start, args.steps):
+            for i in range(machine.rank * per_rank, (machine.rank + 1) * per_rank, micro):
+                numbers = range(step * args.batch_size + i, step * args.batch_size + i + micro)
+                yield list(zip(numbers, visited(args.seed, len(images), numbers)))
+
+    def save(step):
+        if machine.rank == 0:
+            ema.save(out / "tokenizer.safetensors")
+            if ar:
+                ar.save(out / "joint_ar.safetensors")
+            save_state(out / "train_stage1.pt", {name: module.state_dict() for name, module in modules.items()} | {
+                "step": step, "averages": averages, "settings": settings, "optimizers": [o.state_dict() for o in optimizers]})
+
+    # Train.
+    loader = iter(images.batches(visits(), args.num_workers))
+    progress, referee = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine)
+    used = None
+    for step in range(start, args.steps):
+        torch.manual_seed(args.seed * 1_000_003 + step * machine.world + machine.rank)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, args)
+            optimizer.zero_grad()
+        drop = share(torch.rand(args.batch_size, generator=step_generator(args.seed, step)) < args.visual_dropout, machine)
+        terms, logits = {}, torch.zeros(2, device=machine.device)
+        r1 = gan is not None and args.r1_weight > 0 and step % args.r1_every == 0
+        for i in range(0, per_rank, micro):
+            x = to_float(next(loader)[0][:, 0].to(machine.device, non_blocking=True))
+            last = i + micro == per_rank
+            with contextlib.ExitStack() as stack:
+                if machine.world > 1 and not last:  # gradients are summed over ranks once per step
+                    stack.enter_context(model.no_sync())
+                    if gan:
+                        stack.enter_context(discriminator.no_sync())
+                with machine.autocast():
+                    y, codes, vq, ce = model(x, drop[i:i + micro].to(machine.device))
+                    part = {"l1": F.l1_loss(y, x), "perceptual": perceptual(y, x), "vq": vq, "ce": ce}
+                    if gan:
+                        gan.requires_grad_(False)
+                        part["gan"] = F.softplus(-gan.net(y).float()).mean()
+                        gan.requires_grad_(True)
+                loss = part["l1"] + part["perceptual"] + part["vq"] + part["ce"] + args.gan_weight * part.get("gan", 0)
+                (loss * micro / per_rank).backward()
+                if gan:
+                    with torch.autocast(machine.device.type, dtype=machine.dtype, enabled=machine.dtype != torch.float32 and not r1):
+                        part["discriminator"], mean = discriminator_loss(discriminator, x, y, averages, args, r1)
+                    (part["discriminator"] * micro / per_rank).backward()
+                    logits += mean * micro / per_rank
+            terms = {name: terms.get(name, 0) + value.detach() * micro / per_rank for name, value in part.items()}
+            counted = histograms(codes.detach(), tokenizer.cfg)
+            used = [a + b for a, b in zip(used, counted)] if used else counted
+        if referee.step_counts(terms):
+            for optimizer in optimizers:
+                optimizer.step()
+            if machine.world > 1:
+                dist.all_reduce(logits)
+            averages.lerp_(logits / machine.world, 1 - 0.999)
+            update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * (step + 1)))
+        progress.images += args.batch_size
+
+        done, final = step + 1, step + 1 == args.steps or referee.stop
+        if done % args.log_every == 0 or final:
+            values = {name: value.item() for name, value in terms.items() if name != "perceptual" or args.perceptual != "none"}
+            values["lr"] = lr_at(step, args)
+            if gan:
+                values["logits_real"], values["logits_fake"] = logits.tolist()
+            for name, counts in zip(("prologue", "visual"), used):
+                if len(counts):
+                    values[f"usage_{name}"], values[f"perplexity_{name}"] = code_usage(counts)
+            used = None
+            progress.line(done, values)
+        with progress.paused():
+            if done % args.eval_every == 0 or final:
+                values, (originals, decoded) = evaluate(ema, ar, val, machine, args)
+                progress.write(done, values)
+                machine.print("  held-out, EMA weights: " + "  ".join(f"{k[4:]} {v:.4g}" for k, v in values.items()))
+                if machine.rank == 0:
+                    save_grid(out / "train_stage1.png", [originals[:8], decoded[:8], originals[8:], decoded[8:]])
+            if done % args.save_every == 0 or final:
+                save(done)
+        if referee.stop:
+            machine.print(f"asked to stop: saved after step {done}, go on with --resume")
+            break
+
+
+if __name__ == "__main__":
+    run(main)
