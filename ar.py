@@ -19,8 +19,10 @@ from torch import nn
 from common import InputError, read_checkpoint, save_checkpoint
 from tokenizer import RMSNorm, Transformer, init_weights, rope_angles, rope_axis_dims
 
-# Paper table A4; S is the joint AR of stage 1. XL is 32 x 1280 (the table's 24 x 2048 is a typo, its authors say).
+# Paper table A4, but XL is 32 x 1280: the table's 24 x 2048 is a typo, its authors say. S is the joint AR of stage 1, nano
+# that of the tiny tokenizer.
 SIZES = {
+    "nano": dict(layers=3, dim=96, head_dim=32),
     "tiny": dict(layers=4, dim=128, head_dim=32),
     "S": dict(layers=7, dim=512),
     "B": dict(layers=12, dim=768),

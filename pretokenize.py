@@ -172,7 +172,8 @@ def tokenize(tokenizer, images, machine, batch_size, num_workers, title):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Turn images into tokens.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Turn images into tokens.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--data", default=str(EMBEDDED / "train"), help="training images: a folder, or a path into a zip, of class folders")
     flag("--val_data", help="held-out images; by default the folder val beside a --data named train, if there is one")
@@ -210,9 +211,9 @@ def main():
             config = {"tokenizer": asdict(tokenizer.cfg), "fingerprint": tokenizer.fingerprint(), "classes": images.classes,
                       "data": str(data), "crops": crops, "flip": flip}
             save_npz(Path(args.out) / name, dict(codes=codes, labels=images.labels, config=json.dumps(config)))
-            used = [len(np.unique(part)) for part in np.split(codes, [tokenizer.cfg.num_prologue], axis=2)]
-            print(f"{Path(args.out) / name}: {codes.shape[0]} images x {codes.shape[1]} crops x {codes.shape[2]} codes, "
-                  f"in use: {used[0]}/{tokenizer.cfg.prologue_codebook_size} prologue, {used[1]}/{tokenizer.cfg.codebook_size} visual")
+            cfg, used = tokenizer.cfg, [len(np.unique(part)) for part in np.split(codes, [tokenizer.cfg.num_prologue], axis=2)]
+            print(f"{Path(args.out) / name}: {codes.shape[0]} images x {codes.shape[1]} crops x {codes.shape[2]} codes, in use: "
+                  f"{used[0]}/{cfg.prologue_codebook_size} prologue, {used[1]}/{cfg.codebook_size} visual")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F

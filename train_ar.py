@@ -10,7 +10,7 @@ train_ar.jsonl, train_ar.png and train_ar.pt (for --resume).
 import argparse
 import contextlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +19,33 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ar import AR, SIZES, ARConfig
-from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
-                    save_state, share, step_generator, visited)
+from ar import AR, SIZES, ARConfig, check_pair
+from common import (
+    InputError,
+    Machine,
+    Progress,
+    Referee,
+    common_flags,
+    load_state,
+    lr_at,
+    param_groups,
+    run,
+    save_grid,
+    save_state,
+    share,
+    step_generator,
+    visited,
+)
 from tokenizer import Tokenizer, TokenizerConfig, attention_backend, to_uint8
 
 # Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
 RECIPES = {
-    "tiny": dict(steps=1500, batch_size=64, lr=1e-3, min_lr=1e-5, warmup=50, hold=0, log_every=50, eval_every=250, save_every=500),
+    "tiny": dict(steps=1500, batch_size=64, lr=1e-3, min_lr=1e-5, warmup=50, hold=0, log_every=50, eval_every=250,
+                 save_every=500),
     "S": dict(steps=1_000_000, batch_size=512, lr=2e-4, min_lr=5e-5, warmup=20_000, hold=100_000, log_every=100,
               eval_every=5000, save_every=5000),
 }
-RECIPES |= {size: RECIPES["S"] for size in ("B", "L", "XL")}
+RECIPES |= {size: RECIPES["S"] for size in ("B", "L", "XL")} | {"nano": RECIPES["tiny"]}
 
 
 class Loss(nn.Module):
@@ -83,6 +98,23 @@ def evaluate(ar, tokens, machine, count):
     return {"val_nats": prologue + eos + visual, "val_nats_prologue": prologue, "val_nats_visual": visual}
 
 
+def build(args, tokenizer, tokens):
+    """A new AR model for the tokenizer's codes, or the one of --init. Raises InputError."""
+    torch.manual_seed(args.seed)
+    cfg = ARConfig.for_tokenizer(tokenizer.cfg, **SIZES[args.size], num_classes=len(tokens.classes), dropout=args.dropout,
+                                 classes=tokens.classes, tokenizer=tokens.fingerprint)
+    if not args.init:
+        return AR(cfg)
+    old = AR.load(args.init)
+    if (old.cfg.classes or tokens.classes) != tokens.classes or old.cfg.num_classes != cfg.num_classes:
+        raise InputError(f"{args.init} was trained on other classes than the token file: {old.cfg.num_classes} "
+                         f"({', '.join(old.cfg.classes[:3])}...) and {cfg.num_classes} ({', '.join(cfg.classes[:3])}...)")
+    check_pair(tokenizer, old, names=("the tokenizer", args.init))
+    ar = AR(replace(cfg, layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim))
+    ar.load_state_dict(old.state_dict())
+    return ar
+
+
 def draw(ar, tokenizer, machine, path):
     """A picture of 10 samples for each of up to 8 classes, without guidance, the same noise each time."""
     labels = torch.arange(min(8, ar.cfg.num_classes), device=machine.device).repeat_interleave(10)
@@ -101,6 +133,7 @@ def parse_args():
     flag("--codes", help="token file; by default codes.npz in --out")
     flag("--val_codes", help="held-out token file; by default the --codes name with _val, if there is one")
     flag("--tokenizer", help="tokenizer file or released directory, to draw samples; by default tokenizer.safetensors in --out")
+    flag("--init", metavar="AR", help="AR file or released directory whose weights to start from (fine-tuning)")
     flag("--steps", type=int, default=recipe["steps"])
     flag("--micro_batch_size", type=int, help="images per forward and rank; by default all of the rank's share")
     flag("--lr", type=float, default=recipe["lr"])
@@ -143,9 +176,7 @@ def main():
         if file and file.classes != tokens.classes:
             raise InputError(f"{path} and {codes_path} have different classes: {file.classes[:3]}... and {tokens.classes[:3]}...")
 
-    torch.manual_seed(args.seed)
-    ar = AR(ARConfig.for_tokenizer(tokenizer.cfg, **SIZES[args.size], num_classes=len(tokens.classes), dropout=args.dropout,
-                                   classes=tokens.classes, tokenizer=tokens.fingerprint)).to(machine.device)
+    ar = build(args, tokenizer, tokens).to(machine.device)
     optimizer = torch.optim.AdamW(param_groups([(ar, (0.9, args.beta2), args.weight_decay)]), lr=args.lr, fused=True)
     settings = {"model": asdict(ar.cfg), "batch_size": args.batch_size, "seed": args.seed}
     state = load_state(out / "train_ar.pt", args.resume, settings)
@@ -198,7 +229,8 @@ def main():
 
         done, final = step + 1, step + 1 == args.steps or referee.stop
         if done % args.log_every == 0 or final:
-            progress.line(done, {"ce": loss.item(), "nats": loss.item() * ar.length, "grad_norm": norm.item(), "lr": lr_at(step, args)})
+            progress.line(done, {"ce": loss.item(), "nats": loss.item() * ar.length, "grad_norm": norm.item(),
+                                 "lr": lr_at(step, args)})
         with progress.paused():
             if done % args.eval_every == 0 or final:
                 ar.eval()

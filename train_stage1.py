@@ -7,12 +7,12 @@
     loss = L1 + perceptual + 0.1 * GAN_G + vq + lambda * CE      (paper equation 2; lambda reaches the encoder only)
 
 One forward and one backward of encoder, decoder and AR per step, then one of the discriminator. In --out it leaves
-tokenizer.safetensors (EMA weights), joint_ar.safetensors, train_stage1.jsonl, train_stage1.png and train_stage1.pt (for --resume).
+tokenizer.safetensors (EMA weights), joint_ar.safetensors, train_stage1.jsonl, train_stage1.png, and train_stage1.pt for
+--resume.
 """
 import argparse
 import contextlib
 import copy
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,14 +22,29 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ar as ar_model
-from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
-                    save_state, share, step_generator, update_ema, visited)
+from common import (
+    InputError,
+    Machine,
+    Progress,
+    Referee,
+    common_flags,
+    load_state,
+    lr_at,
+    param_groups,
+    run,
+    save_grid,
+    save_state,
+    share,
+    step_generator,
+    update_ema,
+    visited,
+)
 from pretokenize import EMBEDDED, Images, default_val, to_float
 from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, attention_backend, to_uint8
 
 # Defaults by --size: the paper's for B and L (150 and 200 epochs of ImageNet at batch 256), minutes on two cores for tiny.
 RECIPES = {
-    "tiny": dict(steps=1000, batch_size=64, lr=1e-3, min_lr=1e-4, warmup=50, hold=500, ar_size="tiny", perceptual="none",
+    "tiny": dict(steps=1000, batch_size=64, lr=1e-3, min_lr=1e-4, warmup=50, hold=500, ar_size="nano", perceptual="none",
                  gan_channels=16, crop="center", log_every=20, eval_every=250, save_every=250),
     "B": dict(steps=750_000, batch_size=256, lr=1e-4, min_lr=3e-5, warmup=20_000, hold=100_000, ar_size="S", perceptual="vgg",
               gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
@@ -190,19 +205,19 @@ def histograms(codes, cfg):
 
 @torch.no_grad()
 def evaluate(tokenizer, ar, images, machine, args):
-    """Measures over the first --eval_images held-out images, shared among the ranks, and a picture of the first eight."""
+    """Measures over --eval_images held-out images, shared among the ranks, and 16 originals with their reconstructions."""
     cfg, count = tokenizer.cfg, min(args.eval_images, len(images))
-    keys = [(i, i) for i in range(machine.rank, count, machine.world)]
+    keys = [(i, i * len(images) // count) for i in range(machine.rank, count, machine.world)]  # spread over the classes
     sums = torch.zeros(5, dtype=torch.float64)  # PSNR, L1, nats of prologue, EOS, visual
     used = [torch.zeros(cfg.prologue_codebook_size, dtype=torch.int64), torch.zeros(cfg.codebook_size, dtype=torch.int64)]
-    picture = None
+    pictures = []
     for batch, _ in images.batches([keys[i:i + 64] for i in range(0, len(keys), 64)], 0):
         x = to_float(batch[:, 0].to(machine.device))
         with machine.autocast():
             codes = tokenizer.encode(x)
             y = tokenizer.decode(codes)
         a, b = to_uint8(x), to_uint8(y)
-        picture = (a[:16], b[:16]) if picture is None else picture
+        pictures.append((a[::16], b[::16]))
         mse = (a.double() - b.double()).square().mean((1, 2, 3)).clamp_min(1e-10)
         sums[0] += (10 * (255**2 / mse).log10()).sum()
         sums[1] += (x - y).abs().mean((1, 2, 3)).sum().item()
@@ -224,7 +239,7 @@ def evaluate(tokenizer, ar, images, machine, args):
         values |= dict(zip(("val_nats_prologue", "val_nats_eos", "val_nats_visual"), nats))
         values["val_usage_prologue"], values["val_perplexity_prologue"] = code_usage(used[0])
     values["val_usage_visual"], values["val_perplexity_visual"] = code_usage(used[1])
-    return values, picture
+    return values, [torch.cat(p)[:16] for p in zip(*pictures)]
 
 
 def parse_args():
@@ -275,8 +290,8 @@ def parse_args():
     flag("--wandb", action="store_true", help="also log to Weights & Biases")
     common_flags(parser, batch_size=recipe["batch_size"])
     args = parser.parse_args()
-    args.model = {key: getattr(args, key, value) for key, value in model.items()} | {"layout": args.layout} | {
-        key: getattr(args, key) for key in ("code_dim", "num_prologue", "prologue_codebook_size", "tau", "image_size", "patch_size")}
+    keys = ("layout", "image_size", "patch_size", "codebook_size", "code_dim", "num_prologue", "prologue_codebook_size", "tau")
+    args.model = model | {key: getattr(args, key) for key in keys}
     return args
 
 
@@ -308,11 +323,13 @@ def main():
     if per_rank % micro:
         raise InputError(f"--micro_batch_size {micro} does not divide the {per_rank} images of each rank")
     if args.gan_weight and micro < 2:
-        raise InputError("the discriminator's BatchNorm needs at least 2 images per forward; use a larger --batch_size or --micro_batch_size")
+        raise InputError("the discriminator's BatchNorm needs at least 2 images per forward: raise --batch_size or "
+                         "--micro_batch_size, or train without it by --gan_weight 0")
 
     # Data, models, optimizers.
     images = Images(args.data, args.image_size, args.crop, args.flip, args.seed)
-    val = Images(args.val_data or default_val(args.data) or args.data, args.image_size, "none" if args.crop == "none" else "center")
+    val_data = args.val_data or default_val(args.data) or args.data
+    val = Images(val_data, args.image_size, "none" if args.crop == "none" else "center")
     tokenizer, ar = build(args, machine)
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     gan = Discriminator(args.gan_channels).to(machine.device) if args.gan_weight else None
@@ -392,7 +409,7 @@ def main():
                 loss = part["l1"] + part["perceptual"] + part["vq"] + part["ce"] + args.gan_weight * part.get("gan", 0)
                 (loss * micro / per_rank).backward()
                 if gan:
-                    with torch.autocast(machine.device.type, dtype=machine.dtype, enabled=machine.dtype != torch.float32 and not r1):
+                    with contextlib.nullcontext() if r1 else machine.autocast():  # R1 differentiates twice: in fp32
                         part["discriminator"], mean = discriminator_loss(discriminator, x, y, averages, args, r1)
                     (part["discriminator"] * micro / per_rank).backward()
                     logits += mean * micro / per_rank

@@ -1,0 +1,437 @@
+"""The tests: shapes, gradient routing, sampling, exactness. `python -m pytest test_all.py`, or `python test_all.py`.
+
+Tiny models with random weights everywhere; what needs several processes runs the real scripts on a few images.
+"""
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import pretokenize
+import sample
+import train_ar
+import train_stage1
+from ar import AR, ARConfig, check_pair, guidance, sample_codes
+from common import InputError, run
+from fid import frechet_distance
+from pretokenize import Images, center_crop, to_float
+from tokenizer import LAYOUTS, Tokenizer, TokenizerConfig, attention, nearest_code, prob_ste, to_uint8, unit_norm
+from train_stage1 import Discriminator, Stage1
+
+HERE = Path(__file__).parent
+CFG = TokenizerConfig(image_size=32, patch_size=8, encoder=(2, 64), decoder=(2, 64), post=(1, 64), head_dim=32,
+                      codebook_size=40, code_dim=6, num_prologue=3, prologue_codebook_size=12)  # N = 16
+
+
+def models(layout="prologue", seed=0, **ar):
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(replace(CFG, layout=layout)).eval()
+    ar = AR(ARConfig.for_tokenizer(tokenizer.cfg, layers=2, dim=64, head_dim=32, num_classes=5, **ar)).eval()
+    for p in ar.parameters():  # wide weights, so that logits differ enough to be told apart
+        p.data += 0.3 * torch.randn_like(p)
+    return tokenizer, ar, torch.rand(4, 3, 32, 32) * 2 - 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shapes(layout):
+    tokenizer, ar, images = models(layout)
+    k, n = tokenizer.cfg.num_prologue, 16
+    assert k == (3 if layout in ("prologue", "post") else 0)
+    codes = tokenizer.encode(images)
+    assert codes.shape == (4, k + n) and codes.dtype == torch.int64
+    assert codes[:, :k].numel() == 0 or codes[:, :k].max() < 12
+    assert codes[:, k:].max() < 40 and codes.min() >= 0
+    assert tokenizer.decode(codes).shape == (4, 3, 32, 32)
+    assert torch.equal(tokenizer.decode(codes), tokenizer.decode(codes[:, k:]))  # the decoder sees visual codes only
+    reconstruction, same, onehot, vq_loss = tokenizer(images)
+    assert torch.equal(same, codes) and reconstruction.shape == images.shape and vq_loss.ndim == 0
+    assert onehot is None if k == 0 else onehot.shape == (4, 3, 12)
+    length, vocab = (n, 40) if k == 0 else (k + 1 + n, 40 + 12 + 1)
+    assert ar(codes, torch.arange(4)).shape == (4, length, vocab)
+    assert ar.cross_entropy(codes, torch.arange(4), reduction="none").shape == (4, length)
+
+
+def test_prologue_queries_follow_the_image_but_patches_keep_their_place():
+    tokenizer, _, images = models()
+    patch = images.clone()
+    patch[:, :, :8, 8:16] = 0  # row 0, column 1
+    assert tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64)).shape == (1, 3, 32, 32)
+    x = images.unflatten(2, (-1, 8)).unflatten(4, (-1, 8))
+    assert torch.equal(x[0, :, 0, :, 1, :], images[0, :, :8, 8:16])
+    assert not torch.equal(tokenizer.hidden(images)[1], tokenizer.hidden(patch)[1])
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+
+
+def test_cross_entropy_reaches_the_prologue_path_only():
+    tokenizer, ar, images = models()
+    stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
+    grads = gradients(stage1(images, torch.tensor([True, False, True, False]))[3], stage1)
+    assert not [n for n in grads if n.startswith(("tokenizer.decoder", "tokenizer.visual_quantizer"))]
+    for name in ("tokenizer.encoder.queries", "tokenizer.prologue_quantizer.codebook", "tokenizer.prologue_quantizer.proj.weight",
+                 "tokenizer.encoder.input.weight", "tokenizer.encoder.transformer.blocks.0.attn.qkv.weight",
+                 "ar.embedding.weight"):
+        assert name in grads, name
+
+
+def test_reconstruction_never_reaches_the_prologue_codebook():
+    tokenizer, ar, images = models()
+    stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
+    reconstruction, _, vq_loss, _ = stage1(images, torch.zeros(4, dtype=torch.bool))
+    grads = gradients((reconstruction - images).abs().mean() + vq_loss, stage1)
+    assert not [n for n in grads if "prologue" in n or n.startswith("ar.")]
+    assert {"tokenizer.decoder.out.weight", "tokenizer.visual_quantizer.codebook", "tokenizer.encoder.input.weight"} <= set(grads)
+
+
+def test_lambda_scales_the_encoder_and_not_the_ar():
+    tokenizer, ar, images = models()
+    drop = torch.tensor([True, False, True, False])
+    one = gradients(Stage1(tokenizer, ar, 1.0)(images, drop)[3], stage1 := Stage1(tokenizer, ar, 1.0))
+    one = {n: g.clone() for n, g in one.items()}
+    three = gradients(Stage1(tokenizer, ar, 3.0)(images, drop)[3], stage1)
+    for name, grad in three.items():
+        expected = one[name] * (3 if name.startswith("tokenizer") else 1)
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_prob_ste_is_onehot_forward_and_softmax_backward():
+    torch.manual_seed(0)
+    z, codebook = unit_norm(torch.randn(5, 6, dtype=torch.double)), torch.randn(12, 6, dtype=torch.double)
+    weight = torch.randn(5, 12)
+    onehot, codes = prob_ste(z, codebook, 0.1)
+    assert torch.equal(onehot, F.one_hot(codes, 12).double()) and torch.equal(codes, nearest_code(z.float(), codebook))
+
+    def soft(z, codebook):
+        return (weight * (z @ unit_norm(codebook).T / 0.1).softmax(-1)).sum()
+
+    z.requires_grad_(), codebook.requires_grad_()
+    dz, dc = torch.autograd.grad((weight * prob_ste(z, codebook, 0.1)[0]).sum(), (z, codebook))
+    for tensor, grad, i, j in ((z, dz, 2, 3), (codebook, dc, 7, 1)):  # finite differences of the softmax
+        h = torch.zeros_like(tensor)
+        h[i, j] = 1e-6
+        high, low = ((soft(tensor + s * h, codebook) if tensor is z else soft(z, tensor + s * h)) for s in (1, -1))
+        assert abs((high - low).item() / 2e-6 - grad[i, j].item()) < 1e-5
+
+
+def test_vq_loss_weighs_commitment_a_quarter():
+    tokenizer, _, _ = models()
+    quantizer, h = tokenizer.visual_quantizer, torch.randn(2, 16, 64)
+    z = quantizer.project(h).detach()
+    q = quantizer.lookup(nearest_code(z, quantizer.codebook)).detach()
+    loss = quantizer(h)[2]
+    proj, codebook = torch.autograd.grad(loss, (quantizer.proj.weight, quantizer.codebook))
+    commitment = torch.autograd.grad(0.25 * (quantizer.project(h) - q).square().mean(), quantizer.proj.weight)[0]
+    picked = quantizer.lookup(nearest_code(z, quantizer.codebook))
+    toward = torch.autograd.grad((picked - z).square().mean(), quantizer.codebook)[0]
+    torch.testing.assert_close(proj, commitment)
+    torch.testing.assert_close(codebook, toward)
+
+
+def test_black_images_have_finite_gradients():
+    tokenizer, ar, images = models()
+    stage1 = Stage1(tokenizer, ar, 3.0)
+    black = torch.full_like(images, -1)
+    y, _, vq, ce = stage1(black, torch.zeros(4, dtype=torch.bool))
+    gan = Discriminator(4)
+    loss = (y - black).abs().mean() + vq + ce + F.softplus(-gan.net(y)).mean()
+    assert all(g.isfinite().all() for g in gradients(loss, stage1).values())
+    x = torch.zeros(3, 4, requires_grad=True)
+    assert torch.autograd.grad(unit_norm(x).sum(), x)[0].isfinite().all()
+
+
+def test_discriminator_r1_is_the_squared_gradient():
+    torch.manual_seed(0)
+    gan, x = Discriminator(4).eval(), torch.randn(2, 3, 32, 32)
+    penalty = gan(x, x, True)[2]
+    x = x.requires_grad_()
+    expected = torch.autograd.grad(gan.net(x).sum(), x)[0].square().sum() / 2
+    torch.testing.assert_close(penalty, expected)
+
+
+def plain_generate(ar, labels, noise, cfg_prologue, cfg_visual, schedule, power, **filters):
+    """Sampling without a cache: the whole sequence runs anew for each token, all logits computed, the wrong ones masked."""
+    k, n, v = ar.cfg.num_prologue, ar.cfg.num_visual, ar.cfg.codebook_size
+    codes, uncond = torch.zeros(len(labels), k + n, dtype=torch.int64), torch.full_like(labels, ar.cfg.num_classes)
+    for i in range(k + n):
+        position = i + (k > 0 and i >= k)  # EOS stands between the groups
+        if i < k:
+            s, first, last = guidance(cfg_prologue, "constant", power, i / k), v, v + ar.cfg.prologue_codebook_size
+        else:
+            s = guidance(cfg_visual, schedule, power, (position - k) / (1 + n) if k else i / n)
+            first, last = 0, v
+        logits = s * ar(codes, labels)[:, position] + (1 - s) * ar(codes, uncond)[:, position]
+        codes[:, i] = sample_codes(logits[:, first:last], noise[:, i], **filters)
+    return codes
+
+
+@pytest.mark.parametrize("layout", ["prologue", "2d"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.7, 3.0), (1.0, 2.0), (1.5, 1.0)])
+def test_generate_equals_the_plain_uncached_path(layout, schedule, scales):
+    _, ar, _ = models(layout)
+    labels = torch.tensor([0, 3, 4])
+    noise = torch.rand(3, ar.cfg.num_prologue + 16, generator=torch.Generator().manual_seed(1))
+    settings = dict(cfg_prologue=scales[0], cfg_visual=scales[1])
+    codes = ar.generate(labels, cfg_schedule=schedule, cfg_power=0.5, noise=noise, **settings)
+    assert torch.equal(codes, plain_generate(ar, labels, noise, schedule=schedule, power=0.5, **settings))
+    greedy = ar.generate(labels, cfg_schedule=schedule, cfg_power=0.5, top_k=1, noise=noise, **settings)
+    assert torch.equal(greedy, plain_generate(ar, labels, noise, schedule=schedule, power=0.5, top_k=1, **settings))
+    assert not torch.equal(greedy, codes)
+
+
+def test_generate_keeps_a_fixed_prologue_and_stays_inside_the_codebooks():
+    _, ar, _ = models()
+    labels, noise = torch.arange(5).repeat(20), torch.rand(100, 19, generator=torch.Generator().manual_seed(0))
+    codes = ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise)
+    assert codes.min() >= 0 and codes[:, :3].max() < 12 and codes[:, 3:].max() < 40 and codes[:, 3:].max() >= 12
+    # The prologue that would have been drawn, given beforehand, changes nothing after it.
+    assert torch.equal(ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise, prologue=codes[:, :3]), codes)
+    other = (codes[:, :3] + 1) % 12
+    fixed = ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise, prologue=other)
+    assert torch.equal(fixed[:, :3], other) and not torch.equal(fixed[:, 3:], codes[:, 3:])
+
+
+def test_sampling_draws_from_the_filtered_distribution():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+    u = (torch.arange(10000) + 0.5) / 10000
+
+    def frequencies(**filters):
+        return torch.bincount(sample_codes(logits.expand(10000, 4), u, **filters), minlength=4) / 10000
+
+    torch.testing.assert_close(frequencies(temperature=0.5), (logits[0] / 0.5).softmax(0), atol=2e-4, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0, *logits[0, 1:3].softmax(0), 0]), atol=2e-4, rtol=0)
+    p = logits[0].softmax(0)  # 0.087, 0.644, 0.237, 0.032
+    torch.testing.assert_close(frequencies(top_p=0.9), torch.tensor([p[0], p[1], p[2], 0]) / p[:3].sum(), atol=2e-4, rtol=0)
+    edge = torch.full((4,), 1 - 2**-24)  # the largest uniform number never draws a code of probability 0
+    assert sample_codes(torch.randn(4, 1000).index_fill(1, torch.arange(900, 1000), -torch.inf), edge).max() < 900
+
+
+def test_attention_with_a_mask_equals_softmax():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 4, 8).unbind(0)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1), v)
+    torch.testing.assert_close(attention(q, k, v, causal=True), expected)
+    torch.testing.assert_close(attention(q[:, 3:], k, v, mask=torch.ones(2, 5, dtype=torch.bool).tril(3)), expected[:, 3:])
+
+
+def test_save_and_load(tmp_path):
+    tokenizer, ar, images = models("post", tokenizer="x" * 16, classes=list("abcde"))
+    tokenizer.save(tmp_path / "t.safetensors"), ar.save(tmp_path / "a.safetensors")
+    codes = tokenizer.encode(images)
+    loaded, loaded_ar = Tokenizer.load(tmp_path / "t.safetensors"), AR.load(tmp_path / "a.safetensors")
+    assert loaded.cfg == tokenizer.cfg and loaded_ar.cfg == ar.cfg and loaded.fingerprint() == tokenizer.fingerprint()
+    assert torch.equal(loaded.encode(images), codes) and torch.equal(loaded.decode(codes), tokenizer.decode(codes))
+    assert torch.equal(loaded_ar(codes, torch.arange(4)), ar(codes, torch.arange(4)))
+    with pytest.raises(InputError, match="another tokenizer"):
+        check_pair(loaded, loaded_ar)
+    with pytest.raises(InputError, match="'ar' weights where 'tokenizer' weights are needed"):
+        Tokenizer.load(tmp_path / "a.safetensors")
+    data = (tmp_path / "t.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[:len(data) // 2])
+    with pytest.raises(InputError, match="cut.safetensors is not a whole safetensors file"):
+        Tokenizer.load(tmp_path / "cut.safetensors")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_pixels_round_trip_and_crops():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(to_float(levels)), levels.permute(0, 2, 3, 1))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), np.uint8))
+    halved = image.resize((50, 35), Image.Resampling.BOX).resize((round(50 * 32 / 35), 32), Image.Resampling.BICUBIC)
+    left = (halved.width - 32) // 2
+    assert np.array_equal(center_crop(image, 32), np.asarray(halved)[:, left:left + 32])
+
+
+def test_frechet_distance_of_known_gaussians():
+    from scipy.linalg import sqrtm
+    rng = np.random.default_rng(0)
+    a, b = (np.cov(rng.normal(size=(200, 30)) * rng.uniform(0.1, 3, 30), rowvar=False) for _ in range(2))
+    mu = rng.normal(size=30)
+    expected = (mu**2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert abs(frechet_distance(mu, a, 0 * mu, b) / expected - 1) < 1e-6
+
+
+# What follows runs the scripts themselves.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """48 random images in two classes, a train and a val folder."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 255, (28, 28, 3), np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def script(name, *args, ranks=1):
+    """Runs a script in a process of its own, or under torchrun, and returns (exit code, stdout + stderr)."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29533"] if ranks > 1 else []
+    command = [sys.executable, *launcher, HERE / name, *args, "--num_workers", "0"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return result.returncode, result.stdout + result.stderr
+
+
+STAGE1 = ["--batch_size", 8, "--warmup", 1, "--hold", 1000, "--eval_images", 8, "--eval_every", 100, "--log_every", 1]
+STAGE2 = ["--batch_size", 8, "--warmup", 1, "--hold", 1000, "--dropout", 0, "--eval_every", 100, "--log_every", 1]
+
+
+def losses(path, *keys):
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [[line[key] for key in keys] for line in lines if keys[0] in line]
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_gradients(path, reference, key):
+    """After one step AdamW's first moment is the gradient times a constant."""
+    a, b = (state(p)[key]["state"] if key == "optimizer" else state(p)[key][0]["state"] for p in (path, reference))
+    assert a.keys() == b.keys() and len(a) > 10
+    for i in a:
+        torch.testing.assert_close(a[i]["exp_avg"], b[i]["exp_avg"], rtol=1e-3, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder, tmp_path_factory):
+    """The five scripts, four steps of each training."""
+    out = tmp_path_factory.mktemp("out")
+    data = ["--data", folder / "train", "--out", out]
+    for name, *args in (("train_stage1.py", *data, "--steps", 4, *STAGE1), ("pretokenize.py", *data, "--flip"),
+                        ("train_ar.py", "--out", out, "--steps", 4, *STAGE2),
+                        ("sample.py", "--out", out, "--num", 6, "--data", folder / "val"),
+                        ("fid.py", out / "samples.npz", folder / "train", "--json")):
+        code, text = script(name, *args)
+        assert code == 0, text
+    result = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+    assert result["count"] == 6 and result["fid"] > 0 and "class_consistency" in result
+    return out
+
+
+def test_pipeline_leaves_what_it_says(folder, pipeline):
+    names = {"tokenizer.safetensors", "joint_ar.safetensors", "train_stage1.jsonl", "train_stage1.png", "train_stage1.pt",
+             "codes.npz", "codes_val.npz", "ar.safetensors", "train_ar.jsonl", "train_ar.png", "train_ar.pt",
+             "samples.npz", "samples.png", "fixed_prologue.png", "reconstructions.png"}
+    assert {p.name for p in pipeline.iterdir()} == names
+    tokens, tokenizer = np.load(pipeline / "codes.npz"), Tokenizer.load(pipeline / "tokenizer.safetensors")
+    assert tokens["codes"].shape == (48, 2, 8 + 49) and tokens["codes"].dtype == np.uint16
+    assert tokens["labels"].tolist() == [0] * 24 + [1] * 24 and json.loads(str(tokens["config"]))["classes"] == ["cat", "dog"]
+    images = Images(folder / "train", 28)
+    code = tokenizer.encode(to_float(images[0, 30][0]))
+    assert np.array_equal(code.numpy(), tokens["codes"][30, :1])
+    assert np.load(pipeline / "samples.npz")["arr_1"].tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_resume_continues_the_loss_curve_exactly(folder, pipeline, tmp_path):
+    data = ["--data", folder / "train", "--out", tmp_path]
+    for steps in (2, 4):
+        code, text = script("train_stage1.py", *data, "--steps", steps, *STAGE1, "--resume")
+        assert code == 0, text
+    assert "going on from step 2" in text
+    keys = ("l1", "vq", "ce", "gan", "discriminator")
+    assert losses(tmp_path / "train_stage1.jsonl", *keys) == losses(pipeline / "train_stage1.jsonl", *keys)
+    a, b = state(tmp_path / "train_stage1.pt"), state(pipeline / "train_stage1.pt")
+    for name in ("tokenizer", "ema", "ar", "gan"):
+        assert all(torch.equal(a[name][key], b[name][key]) for key in b[name])
+    for name in ("codes.npz", "tokenizer.safetensors"):
+        (tmp_path / name).write_bytes((pipeline / name).read_bytes())
+    for steps in (2, 4):
+        code, text = script("train_ar.py", "--out", tmp_path, "--steps", steps, *STAGE2, "--resume")
+        assert code == 0, text
+    assert losses(tmp_path / "train_ar.jsonl", "ce", "grad_norm") == losses(pipeline / "train_ar.jsonl", "ce", "grad_norm")
+
+
+def test_accumulation_and_two_ranks_give_the_gradients_of_one_batch(folder, pipeline, tmp_path):
+    outs = []
+    for ranks, extra in ((1, []), (1, ["--micro_batch_size", 2]), (2, [])):
+        out = tmp_path / f"{len(outs)}"
+        out.mkdir()
+        for name in ("codes.npz", "tokenizer.safetensors"):
+            (out / name).write_bytes((pipeline / name).read_bytes())
+        code, text = script("train_ar.py", "--out", out, "--steps", 1, *STAGE2, *extra, ranks=ranks)
+        assert code == 0, text
+        code, text = script("train_stage1.py", "--data", folder / "train", "--out", out, "--steps", 1, *STAGE1,
+                            "--gan_weight", 0, *extra, ranks=ranks)  # BatchNorm sees the forward's own batch
+        assert code == 0, text
+        outs.append(out)
+    for out in outs[1:]:
+        assert_same_gradients(out / "train_stage1.pt", outs[0] / "train_stage1.pt", "optimizers")
+        assert_same_gradients(out / "train_ar.pt", outs[0] / "train_ar.pt", "optimizer")
+
+
+def test_samples_do_not_depend_on_batch_size_or_ranks(folder, pipeline, tmp_path):
+    pair = ["--tokenizer", pipeline / "tokenizer.safetensors", "--ar", pipeline / "ar.safetensors", "--data", folder / "val"]
+    code, text = script("sample.py", *pair, "--out", tmp_path, "--num", 6, "--batch_size", 4, ranks=2)
+    assert code == 0, text
+    assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], np.load(pipeline / "samples.npz")["arr_0"])
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """Calls a script's main with arguments that must end it; returns its one sentence."""
+    def call(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, args), "--num_workers", "0"])
+        with pytest.raises(SystemExit) as stopped:
+            run(module.main)
+        assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code, stopped.value.code
+        return stopped.value.code
+    return call
+
+
+def test_bad_input_gets_one_sentence(folder, pipeline, tmp_path, fails):
+    train, out, t = folder / "train", ["--out", tmp_path], pipeline / "tokenizer.safetensors"
+    assert "nowhere does not exist" in fails(train_stage1, "--data", "nowhere", *out)
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("readme.txt", "")
+    assert "empty.zip holds no images" in fails(train_stage1, "--data", tmp_path / "empty.zip", *out)
+    broken = tmp_path / "broken" / "cat"
+    broken.mkdir(parents=True)
+    (broken / "half.png").write_bytes((train / "cat" / "0.png").read_bytes()[:200])
+    assert "cat/half.png" in fails(pretokenize, "--data", tmp_path / "broken", "--tokenizer", t, *out)
+    assert "28 is not a multiple of the patch size 5" in fails(train_stage1, "--data", train, "--patch_size", 5, *out)
+    monkey = {"RANK": "0", "WORLD_SIZE": "3"}
+    os.environ.update(monkey)
+    assert "--batch_size 8 cannot be divided among 3 ranks" in fails(train_stage1, "--data", train, "--batch_size", 8, *out)
+    for name in monkey:
+        del os.environ[name]
+    a = pipeline / "ar.safetensors"
+    assert "'ar' weights where 'tokenizer'" in fails(pretokenize, "--data", train, "--tokenizer", a, *out)
+    (tmp_path / "cut.safetensors").write_bytes(t.read_bytes()[:5000])
+    assert "cut.safetensors is not a whole" in fails(sample, "--tokenizer", tmp_path / "cut.safetensors", "--ar", a, *out)
+    assert "--classes 7" in fails(sample, "--tokenizer", t, "--ar", a, "--classes", 7, *out)
+    other = Tokenizer.load(t)
+    other.decoder.out.bias += 1
+    other.save(tmp_path / "other.safetensors")
+    codes = ["--codes", pipeline / "codes.npz"]
+    assert "made by another tokenizer" in fails(train_ar, *codes, "--tokenizer", tmp_path / "other.safetensors", *out)
+    assert "another tokenizer" in fails(sample, "--tokenizer", tmp_path / "other.safetensors", "--ar", a, *out)
+    tokens = dict(np.load(pipeline / "codes_val.npz"))
+    tokens["config"] = str(tokens["config"]).replace("cat", "cow")
+    np.savez(tmp_path / "val.npz", **tokens)
+    assert "different classes" in fails(train_ar, *codes, "--val_codes", tmp_path / "val.npz", "--tokenizer", t, *out)
+    assert "different classes" in fails(train_ar, "--codes", tmp_path / "val.npz", "--tokenizer", t, "--init", a, *out)
+    code, text = script("fid.py", "nothing.npz")
+    assert code == 1 and text == "fid.py: nothing.npz does not exist: an .npz, a folder, a zip or a path into a zip is needed\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"empty.zip", "broken", "cut.safetensors", "other.safetensors", "val.npz"}
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q"]))
