@@ -11,13 +11,15 @@ Letters: B images, N visual tokens, K prologue tokens, L = K+1+N (or N), D width
 """
 import math
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common import InputError, read_checkpoint, save_checkpoint
-from tokenizer import RMSNorm, Transformer, init_weights, rope_angles, rope_axis_dims
+from tokenizer import (RMSNorm, Transformer, fold, init_weights, is_onestage, released_shard, rope_angles,
+                       rope_axis_dims)
 
 # Paper table A4, but XL is 32 x 1280: the table's 24 x 2048 is a typo, its authors say. S is the joint AR of stage 1, nano
 # that of the tiny tokenizer.
@@ -227,13 +229,41 @@ class AR(nn.Module):
         save_checkpoint(path, "ar", self.state_dict(), asdict(self.cfg))
 
     @classmethod
-    def load(cls, path):
-        """Our .safetensors file, or an AR directory of the authors' release. Raises InputError."""
-        cfg, tensors = read_checkpoint(path, "ar")
+    def load(cls, path, tokenizer=None):
+        """Our .safetensors file, or an AR directory of the authors' release. Raises InputError.
+
+        A released directory does not say K and N: its tokenizer does, or else the 16 + 256 of the whole release are taken.
+        """
+        cfg, tensors = released_ar(path, tokenizer) if Path(path).is_dir() else read_checkpoint(path, "ar")
         with torch.device("meta"):
             model = cls(ARConfig(**cfg))
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
+
+
+def released_ar(directory, tokenizer=None):
+    """Config and weights of a released AR directory (raw weights) or of OneStage's directory. Raises InputError."""
+    shard = released_shard(directory, 0, "AR weights")
+    if "quantizer.embedding.weight" in shard and is_onestage(directory):
+        shard = released_shard(directory, 5, "the AR model of OneStage")
+    if "semantic_emb.weight" not in shard:
+        raise InputError(f"{directory} is no AR directory: its model.safetensors holds no token embedding")
+    weights, (layers, dim) = fold(shard, "ar_model")
+    vocab = len(shard["semantic_emb.weight"])
+    if tokenizer:
+        k, n = tokenizer.cfg.num_prologue, tokenizer.cfg.num_visual
+        v, p = tokenizer.cfg.codebook_size, tokenizer.cfg.prologue_codebook_size
+        if v + p + (k > 0) != vocab:
+            raise InputError(f"{directory} does not belong to this tokenizer: its vocabulary has {vocab} tokens, the tokenizer's "
+                             f"codes {'and EOS ' * (k > 0)}are {v + p + (k > 0)}")
+    else:  # V is a power of two, the EOS one more, and whatever is left are prologue codes
+        v = 1 << (vocab.bit_length() - 1)
+        p, k, n = (vocab - 1 - v, 16, 256) if vocab > v else (0, 0, 256)
+    cfg = dict(layers=layers, dim=dim, head_dim=weights["transformer.blocks.0.attn.q_norm.weight"].numel(), num_prologue=k,
+               num_visual=n, codebook_size=v, prologue_codebook_size=p, num_classes=len(shard["bos_emb.weight"]) - 1)
+    weights |= {"head.weight": weights.pop("out.weight"), "bos.weight": shard["bos_emb.weight"],
+                "embedding.weight": shard["semantic_emb.weight"]}
+    return cfg, weights
 
 
 def check_pair(tokenizer, ar, names=("the tokenizer", "the AR model")):

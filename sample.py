@@ -137,7 +137,8 @@ def main():
     machine, out = Machine(args), Path(args.out)
     machine.print("attention by", attention_backend(machine.device, machine.dtype))
     paths = args.tokenizer or out / "tokenizer.safetensors", args.ar or out / "ar.safetensors"
-    tokenizer, ar = Tokenizer.load(paths[0]).to(machine.device), AR.load(paths[1]).to(machine.device)
+    tokenizer = Tokenizer.load(paths[0]).to(machine.device)
+    ar = AR.load(paths[1], tokenizer).to(machine.device)
     check_pair(tokenizer, ar, names=paths)
     sampler = Sampler(ar, tokenizer, machine, args)
     classes = class_numbers(args.classes, ar)

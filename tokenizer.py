@@ -13,12 +13,13 @@ import contextlib
 import hashlib
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, read_checkpoint, save_checkpoint
+from common import InputError, open_safetensors, read_checkpoint, save_checkpoint
 
 try:
     from flash_attn import flash_attn_func
@@ -406,7 +407,7 @@ class Tokenizer(nn.Module):
     @classmethod
     def load(cls, path):
         """Our .safetensors file, or a tokenizer directory of the authors' release. Raises InputError."""
-        cfg, tensors = read_checkpoint(path, "tokenizer")
+        cfg, tensors = released_tokenizer(path) if Path(path).is_dir() else read_checkpoint(path, "tokenizer")
         with torch.device("meta"):  # nothing is allocated or initialised twice
             model = cls(TokenizerConfig(**cfg))
         model.load_state_dict(tensors, assign=True)
@@ -421,14 +422,10 @@ def to_uint8(images):
 # The released checkpoints. Their networks are conditioned on a label that is the same constant in every release, so the
 # adaptive norms and gates are constants too and fold into the plain weights above without changing a number.
 
-FOLDED = {  # our name in a block: official name, name of the gate that multiplies its rows
-    "attn.out": ("attn1.proj", "gate1"), "mlp.fc1": ("ffn.fc1", None), "mlp.fc2": ("ffn.fc2", "gate_mlp"),
-}
-
 
 def fold(official, prefix):
-    """The adaptive network at `prefix` of the official tensors -> {our name: tensor} of the plain one."""
-    t = {name[len(prefix):]: tensor for name, tensor in official.items() if name.startswith(prefix)}
+    """The adaptive network at `prefix` of the official tensors -> ({our name: tensor} of the plain one, (layers, width))."""
+    t = {name[len(prefix) + 1:]: tensor for name, tensor in official.items() if name.startswith(prefix + ".")}
     # The condition is the one-hot "unconditional" label, the last: one column of the projection, then an RMS norm.
     c = unit_norm(t["cond_proj.0.weight"][:, -1] + t["cond_proj.0.bias"]) * len(t["cond_proj.0.bias"]) ** 0.5
     c = F.gelu(c * (1 + t["cond_proj.1.weight"]), approximate="tanh")
@@ -436,23 +433,74 @@ def fold(official, prefix):
     def affine(name):
         return t[f"{name}.weight"] @ c + t.get(f"{name}.bias", 0)  # the AR's gates have no bias
 
-    plain = {}
-    for i in range(len({name.split(".")[1] for name in t if name.startswith("layers.")})):
+    plain, layers = {}, len({name.split(".")[1] for name in t if name.startswith("layers.")})
+    for i in range(layers):
         ours, layer = f"transformer.blocks.{i}", f"layers.{i}"
         plain[f"{ours}.norm1.weight"] = 1 + affine(f"{layer}.adaln_1.affine")
         plain[f"{ours}.norm2.weight"] = 1 + affine(f"{layer}.adaln_mlp.affine")
+        plain[f"{ours}.attn.q_norm.weight"] = 1 + t[f"{layer}.attn1.q_norm.weight"]
+        plain[f"{ours}.attn.k_norm.weight"] = 1 + t[f"{layer}.attn1.k_norm.weight"]
         plain[f"{ours}.attn.qkv.weight"] = torch.cat([t[f"{layer}.attn1.to_q.weight"], t[f"{layer}.attn1.to_kv.weight"]])
-        for norm in ("q_norm", "k_norm"):
-            plain[f"{ours}.attn.{norm}.weight"] = 1 + t[f"{layer}.attn1.{norm}.weight"]
-        for name, (official_name, gate) in FOLDED.items():
-            scale = affine(f"{layer}.{gate}") if gate else 1
-            plain[f"{ours}.{name}.weight"] = (scale * t[f"{layer}.{official_name}.weight"].T).T
-            if f"{layer}.{official_name}.bias" in t:  # the AR has no biases
-                plain[f"{ours}.{name}.bias"] = scale * t[f"{layer}.{official_name}.bias"]
-    for name, official_name in (("input", "input_layer"), ("out", "out")):
-        plain |= {f"{name}.{part}": t[f"{official_name}.{part}"] for part in ("weight", "bias") if f"{official_name}.{part}" in t}
+        for name, theirs in (("attn.out", "attn1.proj"), ("mlp.fc1", "ffn.fc1"), ("mlp.fc2", "ffn.fc2")):
+            plain[f"{ours}.{name}.weight"] = t[f"{layer}.{theirs}.weight"]
+            if f"{layer}.{theirs}.bias" in t:  # the AR has none
+                plain[f"{ours}.{name}.bias"] = t[f"{layer}.{theirs}.bias"]
+        for name, gate in (("attn.out", "gate1"), ("mlp.fc2", "gate_mlp")):
+            # In place: the file is mapped privately, so its pages are replaced, never written and never doubled.
+            plain[f"{ours}.{name}.weight"].mul_(affine(f"{layer}.{gate}")[:, None])
+            if f"{ours}.{name}.bias" in plain:
+                plain[f"{ours}.{name}.bias"].mul_(affine(f"{layer}.{gate}"))
+    for name, theirs in (("input", "input_layer"), ("out", "out")):
+        plain |= {f"{name}.{part}": t[f"{theirs}.{part}"] for part in ("weight", "bias") if f"{theirs}.{part}" in t}
     if "out_norm.affine.weight" in t:
         plain["norm.weight"] = 1 + affine("out_norm.affine")
     if "learnable_query" in t:
         plain["queries"] = t["learnable_query"][0]
-    return plain
+    return plain, (layers, plain["transformer.blocks.0.norm1.weight"].numel())
+
+
+def released_shard(directory, number, holds):
+    """Tensors of the model[_number].safetensors of a released directory. Raises InputError."""
+    path = Path(directory) / (f"model_{number}.safetensors" if number else "model.safetensors")
+    if not path.is_file():
+        raise InputError(f"{directory} lacks {path.name} ({holds}); a released directory, wholly downloaded, is needed")
+    return open_safetensors(path)[0]
+
+
+def is_onestage(directory):
+    """Whether a released tokenizer directory is OneStage's: its joint AR is a full one, not the 7 x 512 of all others."""
+    if not (Path(directory) / "model_5.safetensors").is_file():
+        return False
+    shard = released_shard(directory, 5, "joint AR")
+    blocks = {name.split(".")[2] for name in shard if name.startswith("ar_model.layers.")}
+    size = len(blocks), shard["ar_model.out.weight"].shape[1] if blocks else 0
+    return bool(blocks) and ("onestage" in Path(directory).resolve().name.lower() or size[0] > 7 or size[1] > 512)
+
+
+def released_tokenizer(directory):
+    """Config and weights of a released tokenizer directory: the EMA, but OneStage's raw ones. Raises InputError."""
+    first = released_shard(directory, 0, "encoder")
+    if "quantizer.embedding.weight" not in first:
+        raise InputError(f"{directory} is no tokenizer directory: its model.safetensors holds no visual codebook")
+    raw = is_onestage(directory)
+    enc = first if raw else released_shard(directory, 2, "EMA of the encoder")
+    dec = released_shard(directory, 1, "decoder") if raw else released_shard(directory, 3, "EMA of the decoder")
+    networks = sorted({name.partition(".layers.")[0] for name in enc if ".layers." in name} - {"enc"})
+    encoder, encoder_size = fold(enc, "enc")
+    decoder, decoder_size = fold(dec, "dec")
+    n, v = enc["quantizer.pos_select_mask"].shape
+    patch_size = math.isqrt(len(decoder["out.bias"]) // 3)
+    cfg = dict(layout="1d" if "queries" in encoder else "2d", encoder=encoder_size, decoder=decoder_size, patch_size=patch_size,
+               image_size=patch_size * math.isqrt(n), codebook_size=v, code_dim=enc["quantizer.embedding.weight"].shape[1],
+               head_dim=encoder["transformer.blocks.0.attn.q_norm.weight"].numel())
+    parts, quantizers = {"encoder": encoder, "decoder": decoder}, {"visual_quantizer": "quantizer"}
+    if "semantic_quantizer.embedding.weight" in enc:
+        quantizers["prologue_quantizer"] = "semantic_quantizer"
+        cfg["num_prologue"], cfg["prologue_codebook_size"] = enc["semantic_quantizer.pos_select_mask"].shape
+        cfg["layout"] = "post" if networks else "prologue"
+    if networks:
+        parts["post_encoder"], cfg["post"] = fold(enc, networks[0])
+    for ours, theirs in quantizers.items():
+        parts[ours] = {"proj.weight": enc[f"{theirs}.proj_in.weight"], "proj.bias": enc[f"{theirs}.proj_in.bias"],
+                       "codebook": enc[f"{theirs}.embedding.weight"]}
+    return cfg, {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}

@@ -105,7 +105,7 @@ def build(args, tokenizer, tokens):
                                  classes=tokens.classes, tokenizer=tokens.fingerprint)
     if not args.init:
         return AR(cfg)
-    old = AR.load(args.init)
+    old = AR.load(args.init, tokenizer)
     if (old.cfg.classes or tokens.classes) != tokens.classes or old.cfg.num_classes != cfg.num_classes:
         raise InputError(f"{args.init} was trained on other classes than the token file: {old.cfg.num_classes} "
                          f"({', '.join(old.cfg.classes[:3])}...) and {cfg.num_classes} ({', '.join(cfg.classes[:3])}...)")
