@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import InputError, read_checkpoint, save_checkpoint
-from tokenizer import (RMSNorm, Transformer, fold, init_weights, is_onestage, released_shard, rope_angles,
-                       rope_axis_dims)
+from tokenizer import RMSNorm, Transformer, fold, init_weights, is_onestage, released_shard, rope_angles, rope_axis_dims
 
 # Paper table A4, but XL is 32 x 1280: the table's 24 x 2048 is a typo, its authors say. S is the joint AR of stage 1, nano
 # that of the tiny tokenizer.

@@ -70,6 +70,16 @@ def save_npz(path, arrays):
         np.savez(f, **arrays)
 
 
+def to_float(images):
+    """uint8 -> float in [-1, 1]"""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU; x/127.5 - 1 comes back as it was."""
+    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
+
+
 def save_grid(path, rows):
     """Rows of uint8 images (n, H, W, 3) as one PNG, small images enlarged, two white pixels between neighbours."""
     scale = max(1, 56 // rows[0].shape[1])

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from common import InputError, Machine, common_flags, run, save_npz
+from common import InputError, Machine, common_flags, run, save_npz, to_float
 from tokenizer import Tokenizer, attention_backend
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist.zip"
@@ -145,11 +145,6 @@ class Images(torch.utils.data.Dataset):
         """DataLoader over lists of keys: uint8 (B, views, 3, size, size), indices (B,)."""
         return torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=num_workers,
                                            pin_memory=torch.cuda.is_available(), persistent_workers=False)
-
-
-def to_float(images):
-    """uint8 -> float in [-1, 1]"""
-    return images.float() / 127.5 - 1
 
 
 @torch.no_grad()

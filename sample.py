@@ -2,12 +2,15 @@
 
     python sample.py                                        # from out/tokenizer.safetensors and out/ar.safetensors
     python sample.py --classes bag sneaker --cfg_visual 3   # a grid of chosen classes, by name or number
-    torchrun --nproc_per_node 8 sample.py --num 50000 --batch_size 1024
+    torchrun --nproc_per_node 8 sample.py --num 50000 --batch_size 1024 --preset prologue-l-xl \
+        --tokenizer ckpts/prologue-l-tokenizer --ar ckpts/ar-prologue-l-xl
 
 Label and noise of an image are functions of its index and the seed, so batch size and ranks change nothing. In --out it
-leaves samples.png, fixed_prologue.png, reconstructions.png and samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels).
+leaves samples.png, fixed_prologue.png, reconstructions.png, samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels) and
+samples.json, the settings they were drawn with.
 """
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +19,47 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ar import AR, SCHEDULES, check_pair, guidance
-from common import InputError, Machine, common_flags, run, save_grid, save_npz
-from pretokenize import EMBEDDED, Images, to_float
-from tokenizer import Tokenizer, attention_backend, to_uint8
+from common import InputError, Machine, common_flags, run, save_grid, save_npz, to_float, to_uint8, writing
+from pretokenize import EMBEDDED, Images
+from tokenizer import Tokenizer, attention_backend
+
+# Paper table A5. name: (prologue scale, visual scale, power of the cosine) and, without CFG, (prologue, visual) temperature.
+PRESETS = {
+    "1d": ((1.0, 19.0, 1.75), (1.0, 0.85)),
+    "2d": ((1.0, 10.0, 1.5), (1.0, 0.85)),
+    "2d-l-b": ((1.0, 5.0, 1.75), (1.0, 0.9)),
+    "prologue-b-b": ((0.7, 3.75, 0.2), (0.7, 0.9)),
+    "prologue-b-l": ((0.8, 3.0, 0.225), (0.7, 0.9)),
+    "prologue-b-xl": ((0.8, 2.75, 0.25), (0.8, 0.9)),
+    "prologue-l-b": ((0.65, 2.75, 0.25), (0.8, 0.95)),
+    "prologue-l-l": ((0.7, 2.5, 0.25), (0.95, 0.9)),
+    "prologue-l-xl": ((0.7, 2.25, 0.225), (1.0, 0.9)),
+    "prologue-post": ((0.6, 3.75, 0.25), (0.8, 0.8)),
+    "prologue-onestage": ((0.8, 3.75, 0.25), (0.8, 0.8)),
+    "prologue-l-b-vgg": ((0.7, 3.75, 0.25), (0.8, 0.85)),
+    "prologue-l-b-16k": ((0.65, 3.25, 0.25), (0.8, 0.95)),
+    "codebook-256": ((0.7, 3.25, 0.25), (0.8, 0.9)),
+    "codebook-4096": ((0.8, 3.5, 0.25), (0.8, 0.9)),
+    "k-4": ((0.6, 2.5, 0.25), (0.8, 0.9)),
+    "k-64": ((0.8, 3.75, 0.25), (0.8, 1.0)),
+    "tau-0.01": ((0.65, 2.5, 0.25), (0.8, 0.9)),
+    "tau-1": ((0.8, 3.75, 0.25), (0.8, 0.85)),
+    "dropout-0": ((0.65, 3.5, 0.25), (0.8, 0.85)),
+    "dropout-1": ((0.75, 3.25, 0.25), (0.8, 0.9)),
+    "lambda-1": ((0.65, 3.75, 0.25), (0.8, 0.85)),
+    "lambda-6": ((0.75, 3.25, 0.25), (0.8, 0.9)),
+}
+
+
+def sampling_defaults(preset, no_cfg):
+    """Defaults of the sampling flags for --preset and --no_cfg; the tiny demo's where there is no preset."""
+    (prologue, visual, power), temperatures = PRESETS[preset] if preset else ((1.0, 2.0, 0.25), (1.0, 1.0))
+    if no_cfg:
+        prologue, visual = 1.0, 1.0
+    else:
+        temperatures = 1.0, 1.0
+    return dict(cfg_prologue=prologue, cfg_visual=visual, cfg_power=power, temperature_prologue=temperatures[0],
+                temperature=temperatures[1])
 
 
 def noise_for(seed, indices, count):
@@ -31,20 +72,25 @@ class Sampler:
 
     def __init__(self, ar, tokenizer, machine, args):
         self.ar, self.tokenizer, self.machine, self.seed = ar, tokenizer, machine, args.seed
-        self.count = ar.cfg.num_prologue + ar.cfg.num_visual
+        self.count, self.batch_size = ar.cfg.num_prologue + ar.cfg.num_visual, max(1, args.batch_size // machine.world)
         self.settings = {key: getattr(args, key) for key in (
             "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_power", "temperature", "temperature_prologue", "top_k", "top_p")}
 
     def codes(self, labels, indices, prologue=None):
-        """labels (B,), image indices (B,) -> codes (B, K+N)"""
-        with self.machine.autocast():
-            return self.ar.generate(labels.to(self.machine.device), prologue=prologue,
-                                    noise=noise_for(self.seed, indices, self.count), **self.settings)
+        """labels (n,), image indices (n,), prologue (n, K) or None -> codes (n, K+N), --batch_size at a time"""
+        parts = []
+        for i in range(0, len(labels), self.batch_size):
+            part = slice(i, i + self.batch_size)
+            with self.machine.autocast():
+                parts.append(self.ar.generate(
+                    labels[part].to(self.machine.device), prologue=None if prologue is None else prologue[part],
+                    noise=noise_for(self.seed, indices[part], self.count), **self.settings))
+        return torch.cat(parts)
 
     def pixels(self, codes):
-        """codes (B, K+N) -> uint8 (B, H, W, 3)"""
+        """codes (n, K+N) -> uint8 (n, H, W, 3)"""
         with self.machine.autocast():
-            return to_uint8(self.tokenizer.decode(codes))
+            return torch.cat([to_uint8(self.tokenizer.decode(part)) for part in codes.split(self.batch_size)])
 
 
 def class_numbers(chosen, ar):
@@ -88,13 +134,12 @@ def reconstruction_grid(sampler, data, columns):
     return rows
 
 
-def draw_many(sampler, num, batch_size, machine):
+def draw_many(sampler, num, machine):
     """uint8 images (num, H, W, 3) and labels (num,), each class equally often, on rank 0; None elsewhere."""
     labels = torch.arange(num) % sampler.ar.cfg.num_classes
     mine = torch.arange(machine.rank, num, machine.world)
-    step = max(1, batch_size // machine.world)
     images = torch.cat([sampler.pixels(sampler.codes(labels[part], part)) for part in
-                        tqdm(mine.split(step), desc="samples", unit="batch", disable=machine.rank > 0)])
+                        tqdm(mine.split(sampler.batch_size), desc="samples", unit="batch", disable=machine.rank > 0)])
     if machine.world == 1:
         return images.numpy(), labels.numpy()
     gathered = [None] * machine.world if machine.rank == 0 else None
@@ -108,26 +153,33 @@ def draw_many(sampler, num, batch_size, machine):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Draw images.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    preset = argparse.ArgumentParser(add_help=False)
+    preset.add_argument("--preset", choices=PRESETS, help="sampling defaults of a row of the paper's table A5")
+    preset.add_argument("--no_cfg", action="store_true", help="sampling defaults without guidance")
+    chosen = preset.parse_known_args()[0]
+    parser = argparse.ArgumentParser(description="Draw images.", parents=[preset],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--tokenizer", help="tokenizer file or released directory; by default tokenizer.safetensors in --out")
     flag("--ar", help="AR file or released directory; by default ar.safetensors in --out")
-    flag("--data", default=str(EMBEDDED / "val"), help="images of the reconstruction grid")
+    flag("--data", help="images of the reconstruction grid; by default the embedded ones for a 28 x 28 tokenizer")
+    flag("--export", metavar="DIR", help="only write both models there as single files, also released ones")
     flag("--num", type=int, default=1000, help="images in samples.npz; 0 draws only the grids")
     flag("--classes", nargs="+", metavar="CLASS", help="names or numbers of the grids' classes; by default ten of all")
     flag("--columns", type=int, default=10, help="images per row of a grid")
-    flag("--cfg_visual", type=float, default=2.0,
+    flag("--cfg_visual", type=float,
          help="guidance of the visual tokens: 1 = off, s * cond + (1 - s) * uncond; below 1 it pulls towards unconditional")
-    flag("--cfg_prologue", type=float, default=1.0, help="constant guidance of the prologue tokens, in the same sense")
+    flag("--cfg_prologue", type=float, help="constant guidance of the prologue tokens, in the same sense")
     flag("--cfg_schedule", default="cosine", choices=SCHEDULES, help="how the visual scale grows from 1 along the sequence")
-    flag("--cfg_power", type=float, default=0.25, help="power of the progress in the schedule; smaller grows earlier")
-    flag("--temperature", type=float, default=1.0, help="of the visual tokens")
-    flag("--temperature_prologue", type=float, help="of the prologue tokens; by default that of the visual tokens")
+    flag("--cfg_power", type=float, help="power of the progress in the schedule; smaller grows earlier")
+    flag("--temperature", type=float, help="of the visual tokens")
+    flag("--temperature_prologue", type=float, help="of the prologue tokens")
     flag("--top_k", type=int, default=0, help="draw among the k likeliest codes only; 0 = off")
     flag("--top_p", type=float, default=1.0, help="draw among the likeliest codes that hold this share; 1 = off")
     common_flags(parser, batch_size=100)
+    parser.set_defaults(**sampling_defaults(chosen.preset, chosen.no_cfg))
     args = parser.parse_args()
-    if args.temperature <= 0 or (args.temperature_prologue or 1) <= 0:
+    if min(args.temperature, args.temperature_prologue) <= 0:
         parser.error("a temperature must be above 0; for the likeliest codes use --top_k 1")
     return args
 
@@ -140,6 +192,11 @@ def main():
     tokenizer = Tokenizer.load(paths[0]).to(machine.device)
     ar = AR.load(paths[1], tokenizer).to(machine.device)
     check_pair(tokenizer, ar, names=paths)
+    if args.export:
+        if machine.rank == 0:
+            tokenizer.save(Path(args.export) / "tokenizer.safetensors")
+            ar.save(Path(args.export) / "ar.safetensors")
+        return
     sampler = Sampler(ar, tokenizer, machine, args)
     classes = class_numbers(args.classes, ar)
     if args.cfg_visual != 1:
@@ -153,12 +210,17 @@ def main():
         if ar.cfg.num_prologue:
             save_grid(out / "fixed_prologue.png", fixed_prologue_grid(sampler, classes, args.columns))
             print(f"{out / 'fixed_prologue.png'}: each row one prologue, visual tokens drawn anew; last row different prologues")
-        save_grid(out / "reconstructions.png", reconstruction_grid(sampler, args.data, args.columns))
-        print(f"{out / 'reconstructions.png'}: originals above their reconstructions")
+        data = args.data or (EMBEDDED / "val" if tokenizer.cfg.image_size == 28 else None)
+        if data:
+            save_grid(out / "reconstructions.png", reconstruction_grid(sampler, data, args.columns))
+            print(f"{out / 'reconstructions.png'}: originals above their reconstructions")
     if args.num:
-        drawn = draw_many(sampler, args.num, args.batch_size, machine)
+        drawn = draw_many(sampler, args.num, machine)
         if machine.rank == 0:
             save_npz(out / "samples.npz", dict(arr_0=drawn[0], arr_1=drawn[1]))
+            settings = sampler.settings | {"tokenizer": str(paths[0]), "ar": str(paths[1]), "seed": args.seed, "num": args.num}
+            with writing(out / "samples.json") as temporary:
+                temporary.write_text(json.dumps(settings, indent=1) + "\n")
             print(f"{out / 'samples.npz'}: {len(drawn[0])} images")
 
 

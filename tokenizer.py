@@ -369,14 +369,15 @@ class Tokenizer(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def forward(self, images):
-        """The training pass: reconstruction, codes (B, K+N), one-hot prologue (B, K, P) or None, VQ loss."""
+        """The training pass: reconstruction (none in the layout post, whose visual path is frozen), codes (B, K+N),
+        one-hot prologue (B, K, P) or None, VQ loss."""
         h_visual, h_prologue = self.hidden(images)
         q, codes, vq_loss = self.visual_quantizer(h_visual)
         onehot = None
         if h_prologue is not None:
             onehot, prologue_codes = self.prologue_quantizer(h_prologue)
             codes = torch.cat([prologue_codes, codes], 1)
-        return self.pixels(q), codes, onehot, vq_loss
+        return None if self.cfg.layout == "post" else self.pixels(q), codes, onehot, vq_loss
 
     @torch.no_grad()
     def encode(self, images):
@@ -412,11 +413,6 @@ class Tokenizer(nn.Module):
             model = cls(TokenizerConfig(**cfg))
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
-
-
-def to_uint8(images):
-    """Images (B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU; x/127.5 - 1 comes back as it was."""
-    return (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
 # The released checkpoints. Their networks are conditioned on a label that is the same constant in every release, so the

@@ -40,8 +40,8 @@ from tokenizer import Tokenizer, TokenizerConfig, attention_backend, to_uint8
 
 # Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
 RECIPES = {
-    "tiny": dict(steps=1500, batch_size=64, lr=1e-3, min_lr=1e-5, warmup=50, hold=0, log_every=50, eval_every=250,
-                 save_every=500),
+    "tiny": dict(steps=1800, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=50, hold=500, log_every=50, eval_every=450,
+                 save_every=450),
     "S": dict(steps=1_000_000, batch_size=512, lr=2e-4, min_lr=5e-5, warmup=20_000, hold=100_000, log_every=100,
               eval_every=5000, save_every=5000),
 }
@@ -178,7 +178,7 @@ def main():
 
     ar = build(args, tokenizer, tokens).to(machine.device)
     optimizer = torch.optim.AdamW(param_groups([(ar, (0.9, args.beta2), args.weight_decay)]), lr=args.lr, fused=True)
-    settings = {"model": asdict(ar.cfg), "batch_size": args.batch_size, "seed": args.seed}
+    settings = asdict(ar.cfg) | {"batch_size": args.batch_size, "seed": args.seed}
     state = load_state(out / "train_ar.pt", args.resume, settings)
     start = state["step"] if state else 0
     if state:

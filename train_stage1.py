@@ -2,6 +2,7 @@
 
     python train_stage1.py                                       # tiny, embedded data, CPU or GPU, a few minutes
     python train_stage1.py --layout 2d --out out_2d              # the baseline without a prologue
+    python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post   # a prologue for a frozen tokenizer
     torchrun --nproc_per_node 8 train_stage1.py --size B --data imagenet.zip/ILSVRC/Data/CLS-LOC/train --compile
 
     loss = L1 + perceptual + 0.1 * GAN_G + vq + lambda * CE      (paper equation 2; lambda reaches the encoder only)
@@ -13,6 +14,7 @@ tokenizer.safetensors (EMA weights), joint_ar.safetensors, train_stage1.jsonl, t
 import argparse
 import contextlib
 import copy
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -44,12 +46,13 @@ from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, attention_back
 
 # Defaults by --size: the paper's for B and L (150 and 200 epochs of ImageNet at batch 256), minutes on two cores for tiny.
 RECIPES = {
-    "tiny": dict(steps=1000, batch_size=64, lr=1e-3, min_lr=1e-4, warmup=50, hold=500, ar_size="nano", perceptual="none",
-                 gan_channels=16, crop="center", log_every=20, eval_every=250, save_every=250),
+    "tiny": dict(steps=2200, batch_size=32, lr=5e-4, min_lr=5e-5, warmup=50, hold=1000, ar_size="nano", perceptual="none",
+                 gan_weight=0.02, gan_channels=16, crop="center", log_every=50, eval_every=550, save_every=550),
     "B": dict(steps=750_000, batch_size=256, lr=1e-4, min_lr=3e-5, warmup=20_000, hold=100_000, ar_size="S", perceptual="vgg",
-              gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
+              gan_weight=0.1, gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
     "L": dict(steps=1_000_000, batch_size=256, lr=1e-4, min_lr=1e-5, warmup=20_000, hold=100_000, ar_size="S",
-              perceptual="convnext", gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
+              perceptual="convnext", gan_weight=0.1, gan_channels=64, crop="random", log_every=100, eval_every=5000,
+              save_every=5000),
 }
 
 
@@ -275,7 +278,7 @@ def parse_args():
     flag("--perceptual", default=recipe["perceptual"], choices=["none", "vgg", "convnext", "both"])
     flag("--vgg_weights", help="torchvision's VGG16 file, instead of downloading it")
     flag("--convnext_weights", help="torchvision's ConvNeXt-Small file, instead of downloading it")
-    flag("--gan_weight", type=float, default=0.1, help="0 trains without a discriminator")
+    flag("--gan_weight", type=float, default=recipe["gan_weight"], help="0 trains without a discriminator")
     flag("--gan_channels", type=int, default=recipe["gan_channels"], help="discriminator width")
     flag("--lecam_weight", type=float, default=0.001)
     flag("--r1_weight", type=float, default=0.01)
@@ -291,6 +294,10 @@ def parse_args():
     common_flags(parser, batch_size=recipe["batch_size"])
     args = parser.parse_args()
     keys = ("layout", "image_size", "patch_size", "codebook_size", "code_dim", "num_prologue", "prologue_codebook_size", "tau")
+    if (args.layout == "post") != bool(args.init):
+        parser.error("--layout post and --init TOKENIZER, the trained 2d tokenizer, go together")
+    if args.layout == "post":  # nothing but CE trains it
+        args.perceptual, args.gan_weight = "none", 0.0
     args.model = model | {key: getattr(args, key) for key in keys}
     return args
 
@@ -298,7 +305,18 @@ def parse_args():
 def build(args, machine):
     """Tokenizer and joint AR (None without a prologue), the same on every rank."""
     torch.manual_seed(args.seed)
-    tokenizer, ar = Tokenizer(TokenizerConfig(**args.model)), None
+    cfg, ar, frozen = TokenizerConfig(**args.model), None, None
+    if args.layout == "post":
+        frozen = Tokenizer.load(args.init)
+        if frozen.cfg.layout != "2d":
+            raise InputError(f"--init {args.init} has the layout {frozen.cfg.layout}; post needs a trained 2d tokenizer")
+        cfg = replace(frozen.cfg, layout="post", post=cfg.post, num_prologue=args.num_prologue, tau=args.tau,
+                      prologue_codebook_size=args.prologue_codebook_size)
+    tokenizer = Tokenizer(cfg)
+    if frozen:
+        for name, part in frozen.named_children():
+            getattr(tokenizer, name).load_state_dict(part.state_dict())
+            getattr(tokenizer, name).requires_grad_(False)
     if tokenizer.cfg.num_prologue:
         ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(tokenizer.cfg, num_classes=0, **ar_model.SIZES[args.ar_size]))
     return tokenizer.to(machine.device), ar and ar.to(machine.device)
@@ -327,10 +345,10 @@ def main():
                          "--micro_batch_size, or train without it by --gan_weight 0")
 
     # Data, models, optimizers.
-    images = Images(args.data, args.image_size, args.crop, args.flip, args.seed)
-    val_data = args.val_data or default_val(args.data) or args.data
-    val = Images(val_data, args.image_size, "none" if args.crop == "none" else "center")
     tokenizer, ar = build(args, machine)
+    size, val_data = tokenizer.cfg.image_size, args.val_data or default_val(args.data) or args.data
+    images = Images(args.data, size, args.crop, args.flip, args.seed)
+    val = Images(val_data, size, "none" if args.crop == "none" else "center")
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     gan = Discriminator(args.gan_channels).to(machine.device) if args.gan_weight else None
     perceptual = Perceptual(args.perceptual, args.vgg_weights, args.convnext_weights).to(machine.device)
@@ -342,7 +360,7 @@ def main():
 
     # Resume.
     modules = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
-    settings = {"model": args.model, "batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size}
+    settings = asdict(tokenizer.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size}
     state = load_state(out / "train_stage1.pt", args.resume, settings)
     start = state["step"] if state else 0
     if state:
@@ -379,8 +397,8 @@ def main():
                 "step": step, "averages": averages, "settings": settings, "optimizers": [o.state_dict() for o in optimizers]})
 
     # Train.
-    loader = iter(images.batches(visits(), args.num_workers))
     progress, referee = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine)
+    loader = iter(images.batches(visits(), args.num_workers))
     used = None
     for step in range(start, args.steps):
         torch.manual_seed(args.seed * 1_000_003 + step * machine.world + machine.rank)
@@ -401,12 +419,14 @@ def main():
                         stack.enter_context(discriminator.no_sync())
                 with machine.autocast():
                     y, codes, vq, ce = model(x, drop[i:i + micro].to(machine.device))
-                    part = {"l1": F.l1_loss(y, x), "perceptual": perceptual(y, x), "vq": vq, "ce": ce}
+                    part = {"ce": ce}
+                    if y is not None:
+                        part |= {"l1": F.l1_loss(y, x), "perceptual": perceptual(y, x), "vq": vq}
                     if gan:
                         gan.requires_grad_(False)
                         part["gan"] = F.softplus(-gan.net(y).float()).mean()
                         gan.requires_grad_(True)
-                loss = part["l1"] + part["perceptual"] + part["vq"] + part["ce"] + args.gan_weight * part.get("gan", 0)
+                loss = sum((args.gan_weight if name == "gan" else 1) * value for name, value in part.items())
                 (loss * micro / per_rank).backward()
                 if gan:
                     with contextlib.nullcontext() if r1 else machine.autocast():  # R1 differentiates twice: in fp32

@@ -37,7 +37,7 @@ def main():
     script("train_ar.py", *common)
     script("sample.py", *common, "--num", args.num)
     script("sample.py", "--tokenizer", out / "tokenizer.safetensors", "--ar", out / "ar.safetensors", "--num", args.num,
-           "--seed", args.seed, "--out", out / "no_cfg", "--cfg_visual", 1)
+           "--seed", args.seed, "--out", out / "no_cfg", "--no_cfg")
     guided = script("fid.py", out / "samples.npz", "--json", show=False)
     plain = script("fid.py", out / "no_cfg" / "samples.npz", "--json", show=False)
     reconstruction = script("fid.py", "--tokenizer", out / "tokenizer.safetensors", "--json", show=False)
