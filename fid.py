@@ -195,8 +195,9 @@ def load_reference(path, network, batch_size, device):
 
 def reconstructions(args, device):
     """Originals, center-cropped, and their reconstructions: two uint8 arrays (N, H, W, 3)."""
-    from pretokenize import Images, to_float
-    from tokenizer import Tokenizer, to_uint8
+    from common import to_float, to_uint8
+    from pretokenize import Images
+    from tokenizer import Tokenizer
     tokenizer = Tokenizer.load(args.tokenizer).to(device)
     images = Images(args.data, tokenizer.cfg.image_size)
     keys = [(i, i) for i in range(len(images))]

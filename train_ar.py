@@ -20,23 +20,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig, check_pair
-from common import (
-    InputError,
-    Machine,
-    Progress,
-    Referee,
-    common_flags,
-    load_state,
-    lr_at,
-    param_groups,
-    run,
-    save_grid,
-    save_state,
-    share,
-    step_generator,
-    visited,
-)
-from tokenizer import Tokenizer, TokenizerConfig, attention_backend, to_uint8
+from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
+                    save_state, share, step_generator, to_uint8, visited)
+from tokenizer import Tokenizer, TokenizerConfig, attention_backend
 
 # Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
 RECIPES = {

@@ -24,25 +24,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ar as ar_model
-from common import (
-    InputError,
-    Machine,
-    Progress,
-    Referee,
-    common_flags,
-    load_state,
-    lr_at,
-    param_groups,
-    run,
-    save_grid,
-    save_state,
-    share,
-    step_generator,
-    update_ema,
-    visited,
-)
-from pretokenize import EMBEDDED, Images, default_val, to_float
-from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, attention_backend, to_uint8
+from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
+                    save_state, share, step_generator, to_float, to_uint8, update_ema, visited)
+from pretokenize import EMBEDDED, Images, default_val
+from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, attention_backend
 
 # Defaults by --size: the paper's for B and L (150 and 200 epochs of ImageNet at batch 256), minutes on two cores for tiny.
 RECIPES = {
