@@ -1,32 +1,46 @@
-"""FID, sFID, Inception Score, precision and recall of images against images (ADM's protocol), and rFID and PSNR.
+"""FID, sFID, Inception Score, precision and recall of images against images, the numbers of ADM's TensorFlow evaluator.
 
-    python fid.py                                           # out/samples.npz against the embedded training images
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz    # gFID as the papers report it
-    python fid.py --tokenizer out/tokenizer.safetensors --data data/fashion_mnist.zip/val    # rFID, PSNR
+    python fid.py                                                # out/samples.npz against the embedded training images
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz    # gFID as papers report it
+    python fid.py --tokenizer out/tokenizer.safetensors --data data/fashion_mnist.zip/val    # rFID and PSNR
+    torchrun --nproc_per_node 8 fid.py samples.npz reference.npz # any number of ranks, the same numbers
 
-Either side is an .npz (images in arr_0, or stored statistics mu, sigma), a folder, a zip or a path into a zip. The
-features are those of the Inception network of 2015-12-05, or, for 28 x 28 images, of a small Fashion-MNIST classifier.
-Everything but --tokenizer stands alone: copy this file wherever you need it.
+A side is an .npz (images in arr_0, stored statistics mu, sigma, mu_s, sigma_s, or both: then the statistics count for FID and
+the images for precision and recall), a folder, a zip or a path into a zip. Features are those of the Inception network of
+2015-12-05, or, for 28 x 28 images, of a small Fashion-MNIST classifier. Everything but --tokenizer stands alone: copy this
+file wherever you need it.
 """
 import argparse
+import hashlib
 import io
 import json
 import os
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 DATA = Path(__file__).parent / "data"
+INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                 "weights-inception-2015-12-05-6726825d.pth")
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 class BadInput(ValueError):
     """What the user gave cannot be used; the message is one sentence."""
+
+
+def note(text):
+    if RANK == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 class FashionClassifier(nn.Module):
@@ -59,7 +73,7 @@ class FashionClassifier(nn.Module):
 
 
 class Inception(nn.Module):
-    """torch-fidelity's port of the TensorFlow Inception of 2015-12-05, with its TF1 resize and (x - 128) / 128.
+    """torch-fidelity's port of the TensorFlow Inception of 2015-12-05, with its TF1 resize to 299 and (x - 128) / 128.
 
     forward: uint8 (B, H, W, 3) -> {"pool": (B, 2048), "spatial": (B, 2023), "probabilities": (B, 1008)}
     """
@@ -68,207 +82,429 @@ class Inception(nn.Module):
         super().__init__()
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         try:
-            self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"],
-                                                   feature_extractor_weights_path=weights)
+            if weights is None:  # checked against the hash in its name, renamed only when complete
+                torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, weights_only=True, map_location="cpu")
+                weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
+            torch.load(weights, weights_only=True, map_location="cpu")  # torch-fidelity unpickles freely; this refuses code
+            self.net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights))
         except Exception as error:
-            raise BadInput(f"the Inception weights {weights or '(download)'} cannot be loaded: {error}; give torch-fidelity's "
-                           "file pt_inception-2015-12-05-6726825d.pth as --inception FILE") from None
+            raise BadInput(f"the Inception weights {weights or 'could not be downloaded and'} cannot be loaded "
+                           f"({str(error).splitlines()[0]}); give torch-fidelity's file {INCEPTION_URL.rpartition('/')[2]} "
+                           "as --inception FILE") from None
         # sFID reads the first 7 channels of the ReLU output of Mixed_6d.branch1x1.
         self.net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: setattr(self, "mixed", output))
         self.eval()
 
     def forward(self, images):
         pool, logits = self.net(images.permute(0, 3, 1, 2))
-        spatial = self.mixed[:, :7].permute(0, 2, 3, 1).flatten(1)  # flat as (row, column, channel), as TensorFlow does
-        return {"pool": pool, "spatial": spatial, "probabilities": logits.softmax(-1)}
+        # Flat as (row, column, channel), TensorFlow's order: against a stored mu_s the order counts.
+        spatial = self.mixed[:, :7].permute(0, 2, 3, 1).flatten(1)
+        return {"pool": pool, "spatial": spatial, "probabilities": logits.softmax(-1)}  # softmax of pool @ W.T, no bias
 
 
-def read_images(path, batch_size):
-    """Yields uint8 arrays (<= batch_size, H, W, 3) of an npz's arr_0, a folder, a zip or a path into a zip."""
-    path = Path(path)
-    archive = next((p for p in (path, *path.parents) if p.suffix.lower() == ".zip" and p.is_file()), None)
-    if path.suffix == ".npz" and path.is_file():
-        images = np.load(path)["arr_0"]
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise BadInput(f"{path}: arr_0 is {images.dtype} {images.shape}; uint8 images (N, H, W, 3) are needed")
-        for i in range(0, len(images), batch_size):
-            yield images[i:i + batch_size]
-        return
-    if archive:
-        opened = zipfile.ZipFile(archive)
-        inside = path.relative_to(archive).as_posix()
-        names = [n for n in opened.namelist() if inside == "." or n.startswith(inside + "/")]
-    elif path.is_dir():
-        names = [str(p) for p in path.rglob("*")]
-    else:
-        raise BadInput(f"{path} does not exist: an .npz, a folder, a zip or a path into a zip is needed")
-    names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
-    if not names:
-        raise BadInput(f"{path} holds no images")
-    batch = []
-    for i, name in enumerate(names):
+def map_npz(path, name):
+    """Array `name` of an .npz: mapped from the file if it is stored uncompressed, else read; None if it is not there."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if f"{name}.npy" not in archive.namelist():
+                return None
+            entry = archive.getinfo(f"{name}.npy")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                return np.load(path)[name]
+            with archive.open(entry) as member:  # the array starts where the .npy header ends
+                version = np.lib.format.read_magic(member)
+                read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read_header(member)
+                header = member.tell()
+        with open(path, "rb") as f:
+            f.seek(entry.header_offset + 26)  # lengths of the name and of the extra field in the local zip header
+            lengths = np.frombuffer(f.read(4), "<u2").sum()
+        return np.memmap(path, dtype, "r", int(entry.header_offset + 30 + lengths + header), shape, "F" if fortran else "C")
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise BadInput(f"{path} is not a whole .npz file: {error}") from None
+
+
+class ImageSource:
+    """uint8 images (N, H, W, 3) of an npz's arr_0, a folder, a zip or a path into a zip; source[i:j] reads that part.
+
+    With `crop`, files of any size become ADM's centre crop of that side.
+    """
+
+    def __init__(self, path, crop=None):
+        path, self.crop, self.lossy = Path(path), crop, False
+        self.path = path
+        self.archive = next((p for p in (path, *path.parents) if p.suffix.lower() == ".zip" and p.is_file()), None)
+        self.array, self.names = None, None
+        if path.suffix == ".npz" and path.is_file():
+            self.array = map_npz(path, "arr_0")
+            if self.array is None:
+                raise BadInput(f"{path} holds no images (arr_0)")
+            if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
+                raise BadInput(f"{path}: arr_0 is {self.array.dtype} of shape {self.array.shape}; images as uint8 from 0 to 255 "
+                               "of shape (N, H, W, 3) are needed")
+            return
+        if self.archive:
+            inside = path.relative_to(self.archive).as_posix()
+            self.zip = zipfile.ZipFile(self.archive)
+            names = [n for n in self.zip.namelist() if inside == "." or n.startswith(inside + "/")]
+        elif path.is_dir():
+            names = [str(p) for p in path.rglob("*")]
+        else:
+            raise BadInput(f"{path} does not exist: an .npz, a folder, a zip or a path into a zip is needed")
+        self.names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
+        if not self.names:
+            raise BadInput(f"{path} holds no images")
+        self.lossy = self.names[0].lower().endswith((".jpg", ".jpeg", ".webp"))
+        self.size = self.read(self.names[0]).shape
+
+    def read(self, name):
         try:
-            image = Image.open(io.BytesIO(opened.read(name)) if archive else name).convert("RGB")
+            with Image.open(io.BytesIO(self.zip.read(name)) if self.archive else name) as image:
+                image = image.convert("RGB")
         except (OSError, SyntaxError, zipfile.BadZipFile) as error:
-            raise BadInput(f"{name} in {path} cannot be read as an image: {error}") from None
-        batch.append(np.asarray(image))
-        if batch[0].shape != batch[-1].shape:
-            raise BadInput(f"{name} is {image.width} x {image.height}, the images before it are "
-                           f"{batch[0].shape[1]} x {batch[0].shape[0]}")
-        if len(batch) == batch_size or i == len(names) - 1:
-            yield np.stack(batch)
-            batch = []
+            raise BadInput(f"{name} in {self.path} cannot be read as an image: {error}") from None
+        if not self.crop:
+            return np.asarray(image)
+        from pretokenize import center_crop
+        return center_crop(image, self.crop)
+
+    def __len__(self):
+        return len(self.array if self.names is None else self.names)
+
+    def __getitem__(self, part):
+        if self.names is None:
+            return np.array(self.array[part])
+        with ThreadPoolExecutor(1 if self.archive else None) as pool:  # one zip handle, one reader
+            images = list(pool.map(self.read, self.names[part]))
+        for name, image in zip(self.names[part], images):
+            if image.shape != self.size:
+                raise BadInput(f"{name} in {self.path} is {image.shape[1]} x {image.shape[0]}, the first image there is "
+                               f"{self.size[1]} x {self.size[0]}")
+        return np.stack(images)
+
+
+class Moments:
+    """Mean and covariance of feature rows that come in batches, summed in float64."""
+
+    def __init__(self):
+        self.count, self.sum, self.outer = 0, 0, 0
+
+    def add(self, x):
+        x = x.double().cpu()
+        self.count, self.sum, self.outer = self.count + len(x), self.sum + x.sum(0), self.outer + x.T @ x
+
+    def result(self):
+        """mu (d,), sigma (d, d) with n - 1 as float64 arrays, over all ranks."""
+        count = torch.tensor(float(self.count), dtype=torch.float64)
+        for tensor in (count, self.sum, self.outer) if WORLD > 1 else ():
+            dist.all_reduce(tensor)
+        mu = self.sum / count
+        sigma = (self.outer - count * torch.outer(mu, mu)) / (count - 1)
+        if not (mu.isfinite().all() and sigma.isfinite().all()):
+            raise BadInput("the features hold values that are not finite: at least 2 images are needed, and sound weights")
+        return mu.numpy(), sigma.numpy()
+
+
+class ScoreSums:
+    """What the Inception Score needs of p(y|x): sums over splits of 5,000 consecutive images."""
+
+    def __init__(self, total, classes, split=5000):
+        self.split, splits = split, -(-total // split)
+        self.p, self.p_log_p = torch.zeros(splits, classes, dtype=torch.float64), torch.zeros(splits, dtype=torch.float64)
+        self.count = torch.zeros(splits, dtype=torch.float64)
+
+    def add(self, p, first):
+        """p (B, classes) of the images first, first + 1, ..."""
+        p, index = p.double().cpu(), torch.arange(first, first + len(p)) // self.split
+        self.p.index_add_(0, index, p)
+        self.p_log_p.index_add_(0, index, torch.special.xlogy(p, p).sum(1))
+        self.count.index_add_(0, index, torch.ones(len(p), dtype=torch.float64))
+
+    def result(self):
+        """Mean over the splits of exp(mean KL(p(y|x) || p(y)))."""
+        for tensor in (self.p, self.p_log_p, self.count) if WORLD > 1 else ():
+            dist.all_reduce(tensor)
+        marginal = self.p / self.count[:, None]
+        kl = self.p_log_p / self.count - torch.special.xlogy(marginal, marginal).sum(1)
+        return kl.exp().mean().item()
+
+
+def my_share(total):
+    """This rank's consecutive images as (first, last)."""
+    return RANK * total // WORLD, (RANK + 1) * total // WORLD
 
 
 @torch.no_grad()
-def extract(network, batches, device, title):
-    """{"pool": (N, d), ...} float32 features of an iterable of uint8 image batches."""
-    parts = {}
-    for batch in tqdm(batches, desc=title, unit="batch"):
-        for name, values in network(torch.from_numpy(np.ascontiguousarray(batch)).to(device)).items():
-            parts.setdefault(name, []).append(values.float().cpu().numpy())
-    return {name: np.concatenate(values) for name, values in parts.items()}
+def extract(network, source, device, batch_size, title, keep=None):
+    """One pass over an image source -> {"pool": (mu, sigma), "spatial": ..., "inception_score", "features", "predicted"}.
 
-
-def statistics(features):
-    """Mean (d,) and covariance (d, d) with n - 1, in float64."""
-    features = features.astype(np.float64)
-    return features.mean(0), np.cov(features, rowvar=False)
+    `features` are the pooled features (N, d) float32 of the first `keep` images (all if None), `predicted` (N,) the
+    likeliest classes; both only on rank 0.
+    """
+    first, last = my_share(len(source))
+    moments, score, features, predicted = {}, None, [], []
+    for i in tqdm(range(first, last, batch_size), desc=title, unit="batch", disable=RANK > 0):
+        batch = source[i:min(i + batch_size, last)]
+        out = network(torch.from_numpy(batch).to(device))
+        for name in ("pool", "spatial"):
+            if name in out:
+                moments.setdefault(name, Moments()).add(out[name])
+        score = score or ScoreSums(len(source), out["probabilities"].shape[1])
+        score.add(out["probabilities"], i)
+        predicted.append(out["probabilities"].argmax(1).cpu())
+        if keep is None or i < keep:
+            features.append(out["pool"][:None if keep is None else keep - i].float().cpu())
+    if score is None:
+        raise BadInput(f"{len(source)} images are too few for {WORLD} ranks")
+    result = {name: m.result() for name, m in moments.items()} | {"inception_score": score.result()}
+    for name, parts in (("features", features), ("predicted", predicted)):
+        gathered = [parts]
+        if WORLD > 1:
+            gathered = [None] * WORLD if RANK == 0 else None
+            dist.gather_object(parts, gathered)
+        if RANK == 0:
+            result[name] = torch.cat([part for parts in gathered for part in parts]).numpy()
+    return result
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); the root's trace from eigenvalues of S1^(1/2) S2 S1^(1/2)."""
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
+
+    (S1 S2)^(1/2) has the trace of the root of the symmetric R S2 R, R = S1^(1/2): real eigenvalues, whatever the rank.
+    """
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
 
 
-def inception_score(probabilities, split=5000):
-    """exp of the mean KL(p(y|x) || p(y)), averaged over splits of 5,000 images."""
-    scores = []
-    for i in range(0, len(probabilities), split):
-        p = probabilities[i:i + split].astype(np.float64)
-        kl = p * (np.log(p.clip(1e-30)) - np.log(p.mean(0, keepdims=True).clip(1e-30)))
-        scores.append(np.exp(kl.sum(1).mean()))
-    return float(np.mean(scores))
+def squared_distances(a, b):
+    """(n, d), (m, d) -> (n, m) float32"""
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min_(0)
 
 
-def neighbour_radius(features, k=3, block=2048):
-    """Squared distance of each feature (N, d) to its k-th nearest neighbour, itself not counted."""
-    return torch.cat([torch.cdist(part, features).square().topk(k + 1, largest=False).values[:, -1]
-                      for part in features.split(block)])
+def precision_recall(samples, reference, device="cpu", k=3, block=1000):
+    """Share of samples within the k-NN manifold of the reference, and the reverse; features (n, d), (m, d) float32.
+
+    A point lies in a manifold if it is no further from one of its points than that point's k-th nearest neighbour. Works
+    through `block` rows at a time.
+    """
+    x, y = torch.from_numpy(samples).to(device), torch.from_numpy(reference).to(device)
+
+    def radii(a):  # the nearest is the point itself
+        return torch.cat([squared_distances(part, a).kthvalue(min(k + 1, len(a)), 1).values for part in a.split(block)])
+
+    radius_x, radius_y = radii(x), radii(y)
+    in_reference, in_samples = [], torch.zeros(len(y), dtype=torch.bool, device=device)
+    for i in range(0, len(x), block):
+        d = squared_distances(x[i:i + block], y)  # (block, m)
+        in_reference.append((d <= radius_y).any(1))
+        in_samples |= (d <= radius_x[i:i + block, None]).any(0)
+    return torch.cat(in_reference).float().mean().item(), in_samples.float().mean().item()
 
 
-def coverage(features, reference, radius, block=2048):
-    """Share of `features` that lie within the radius of at least one reference feature."""
-    inside = [(torch.cdist(part, reference).square() <= radius).any(1) for part in features.split(block)]
-    return float(torch.cat(inside).float().mean())
+def cache_file(path, network):
+    """Where the statistics of a reference are kept: beside it, under a name with the hash of all its bytes, so never stale."""
+    path = Path(path)
+    base = path if path.suffix == ".npz" or path.is_dir() else ImageSource(path).archive
+    sha = hashlib.sha256(f"{type(network).__name__} {path.name}".encode())
+    for file in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]:
+        with open(file, "rb") as f:
+            sha.update(hashlib.file_digest(f, "sha256").digest())
+    return base.with_name(f"{base.name}.{sha.hexdigest()[:16]}.fid.npz")
 
 
-def evaluate(samples, reference, device="cpu"):
-    """All measures between two feature dicts of `extract` as a dict. A reference may hold only (mu, sigma) pairs."""
-    result = {"fid": frechet_distance(*statistics(samples["pool"]), *reference["statistics"]["pool"])}
-    if "spatial" in samples and "spatial" in reference["statistics"]:
-        result["sfid"] = frechet_distance(*statistics(samples["spatial"]), *reference["statistics"]["spatial"])
-    result["inception_score"] = inception_score(samples["probabilities"])
-    if "pool" in reference:
-        real = torch.from_numpy(reference["pool"][:10000]).to(device)
-        fake = torch.from_numpy(samples["pool"]).to(device)
-        result["precision"] = coverage(fake, real, neighbour_radius(real))
-        result["recall"] = coverage(real, fake, neighbour_radius(fake))
-    return result
+def reference_features(path, network, device, batch_size, cache):
+    """Statistics, and features for precision and recall, of a reference; statistics stored in an npz count before images."""
+    stored, result, is_npz = {}, {}, Path(path).suffix == ".npz" and Path(path).is_file()
+    for name, keys in (("pool", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))):
+        if is_npz and map_npz(path, keys[0]) is not None:
+            stored[name] = tuple(map_npz(path, key) for key in keys)
+            note(f"{keys[0]} and {keys[1]} stored in {path} count, not those of its images")
+    if stored and map_npz(path, "arr_0") is None:
+        return stored
+    file = cache_file(path, network) if cache else None
+    if file and file.exists():
+        saved = np.load(file)
+        result = {name: (saved[f"{name}_mu"], saved[f"{name}_sigma"]) for name in ("pool", "spatial") if f"{name}_mu" in saved}
+        return result | {"features": saved["features"]} | stored
+    result = extract(network, ImageSource(path), device, batch_size, f"features of {path}", keep=10000)
+    if file and RANK == 0:
+        arrays = {f"{name}_{part}": array for name in ("pool", "spatial") if name in result
+                  for part, array in zip(("mu", "sigma"), result[name])}
+        temporary = file.with_suffix(".tmp")
+        with open(temporary, "wb") as f:
+            np.savez(f, features=result["features"], **arrays)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    return result | stored
 
 
-def load_reference(path, network, batch_size, device):
-    """Features and statistics of the reference; statistics stored in an npz count before those of its images."""
-    reference, stored = {}, {}
-    if str(path).endswith(".npz") and Path(path).is_file():
-        stored = np.load(path)
-    if "arr_0" in stored or not stored:
-        reference = extract(network, read_images(path, batch_size), device, f"features of {path}")
-    names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-    reference["statistics"] = {name: tuple(stored[key] for key in keys) if keys[0] in stored else statistics(reference[name])
-                               for name, keys in names.items() if keys[0] in stored or name in reference}
-    return reference
+class Reconstructions:
+    """What a tokenizer makes of an image source, as a source."""
 
+    def __init__(self, tokenizer, originals, device):
+        self.tokenizer, self.originals, self.device = tokenizer, originals, device
 
-def reconstructions(args, device):
-    """Originals, center-cropped, and their reconstructions: two uint8 arrays (N, H, W, 3)."""
-    from common import to_float, to_uint8
-    from pretokenize import Images
-    from tokenizer import Tokenizer
-    tokenizer = Tokenizer.load(args.tokenizer).to(device)
-    images = Images(args.data, tokenizer.cfg.image_size)
-    keys = [(i, i) for i in range(len(images))]
-    loader = images.batches([keys[i:i + args.batch_size] for i in range(0, len(keys), args.batch_size)], args.num_workers)
-    originals, decoded = [], []
-    for batch, _ in tqdm(loader, desc="reconstructing", unit="batch"):
-        originals.append(batch[:, 0].permute(0, 2, 3, 1).numpy())
-        decoded.append(to_uint8(tokenizer.decode(tokenizer.encode(to_float(batch[:, 0].to(device))))).numpy())
-    return np.concatenate(originals), np.concatenate(decoded)
+    def __len__(self):
+        return len(self.originals)
+
+    def __getitem__(self, part):
+        from common import to_float, to_uint8
+        images = to_float(torch.from_numpy(self.originals[part]).to(self.device)).permute(0, 3, 1, 2)
+        return to_uint8(self.tokenizer.decode(self.tokenizer.encode(images))).numpy()
 
 
 def psnr(a, b):
-    """Mean over images of 10 log10(255^2 / MSE), uint8 (N, H, W, 3), in dB."""
-    mse = np.square(a.astype(np.float32) - b).mean((1, 2, 3)).clip(1e-10)
-    return float((10 * np.log10(255**2 / mse)).mean())
+    """10 log10(255^2 / MSE) of each image pair in dB; (B, 3, H, W) from 0 to 255 -> (B,)."""
+    return 10 * (255**2 / (a - b).square().mean((1, 2, 3)).clamp_min(1e-10)).log10()
+
+
+def ssim(a, b):
+    """SSIM of each pair: 11 x 11 Gaussian window of sigma 1.5, per colour, without padding; from 0 to 255 -> (B,)."""
+    g = torch.exp(-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5**2))
+    window = (torch.outer(g, g) / g.sum() ** 2)[None, None]
+
+    def blur(x):
+        return F.conv2d(x.flatten(0, 1)[:, None], window).unflatten(0, x.shape[:2])[:, :, 0]
+
+    mu_a, mu_b = blur(a), blur(b)
+    var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+
+
+class Paired:
+    """Passes a source on and, for each part that is read, sums the measures of its images against their originals."""
+
+    def __init__(self, source, originals, measures):
+        if len(source) != len(originals):
+            raise BadInput(f"{len(source)} images cannot be paired with {len(originals)} originals: the counts must be equal")
+        self.source, self.originals, self.measures = source, originals, measures
+        self.sums = torch.zeros(len(measures), dtype=torch.float64)
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, part):
+        images, originals = self.source[part], self.originals[part]
+        if images.shape != originals.shape:
+            raise BadInput(f"images of {images.shape[1:3]} cannot be compared with originals of {originals.shape[1:3]}")
+        a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (images, originals))
+        self.sums += torch.stack([measure(a, b).double().sum() for measure in self.measures.values()])
+        return images
+
+    def result(self):
+        """{name: mean over all images of all ranks}"""
+        if WORLD > 1:
+            dist.all_reduce(self.sums)
+        return dict(zip(self.measures, (self.sums / len(self)).tolist()))
+
+
+def pair_measures(args):
+    measures = {"psnr": psnr} | ({"ssim": ssim} if args.ssim else {})
+    if args.lpips:
+        import lpips
+        try:
+            network = lpips.LPIPS(net="vgg", verbose=False).to(args.device).eval()
+        except Exception as error:
+            raise BadInput(f"--lpips needs torchvision's VGG16 weights, and their download failed: {error}") from None
+        measures["lpips"] = lambda a, b: network(a.to(args.device) / 127.5 - 1, b.to(args.device) / 127.5 - 1).flatten().cpu()
+    return measures
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="FID and friends.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("samples", nargs="?", default="out/samples.npz", help="npz, folder or zip of generated images")
-    flag("reference", nargs="?", default=str(DATA / "fashion_mnist.zip" / "train"), help="npz, folder or zip to compare with")
-    flag("--tokenizer", help="evaluate reconstructions of --data by this tokenizer instead of samples")
+    flag("samples", nargs="?", help="npz, folder or zip of generated images; by default out/samples.npz")
+    flag("reference", nargs="?", help="npz, folder or zip to compare with; by default the embedded training images")
+    flag("--tokenizer", help="evaluate this tokenizer's reconstructions of --data against --data: rFID and PSNR")
     flag("--data", default=str(DATA / "fashion_mnist.zip" / "val"), help="images to reconstruct with --tokenizer")
+    flag("--paired", action="store_true", help="both sides hold the same images in the same order: add PSNR")
+    flag("--ssim", action="store_true", help="beside PSNR also SSIM")
+    flag("--lpips", action="store_true", help="beside PSNR also LPIPS (VGG)")
     flag("--features", default="auto", choices=["auto", "inception", "fashion"], help="auto is fashion for 28 x 28 images")
     flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights, instead of downloading them")
+    flag("--cache", action="store_true", help="keep the reference's statistics in a file beside it")
     flag("--json", action="store_true", help="print one JSON line instead of the table")
-    flag("--batch_size", type=int, default=100)
-    flag("--num_workers", type=int, default=0, help="processes that decode the images of --data")
+    flag("--batch_size", type=int, default=100, help="images per forward of each rank")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tokenizer and args.reference:
+        parser.error("with --tokenizer give at most one path, a reference other than --data")
+    return args
 
 
 def main():
     args = parse_args()
+    if WORLD > 1:
+        dist.init_process_group("gloo")  # only float64 sums and gathered features travel, on the CPU
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    reference = args.reference or str(DATA / "fashion_mnist.zip" / "train")
     if args.tokenizer:
-        originals, decoded = reconstructions(args, args.device)
-        def batches(images): return (images[i:i + args.batch_size] for i in range(0, len(images), args.batch_size))
-        size, samples_name, reference_name = originals.shape[1], f"reconstructions by {args.tokenizer}", args.data
+        from tokenizer import Tokenizer
+        tokenizer = Tokenizer.load(args.tokenizer).to(args.device)
+        originals = ImageSource(args.data, crop=tokenizer.cfg.image_size)
+        source, reference = Reconstructions(tokenizer, originals, args.device), args.samples
+        if reference:
+            note("a reconstruction scored against other images than its own originals: do not compare it with rFIDs")
     else:
-        size = next(read_images(args.samples, 1)).shape[1]
-        samples_name, reference_name = args.samples, args.reference
+        source = ImageSource(args.samples or "out/samples.npz")
+        originals = ImageSource(reference) if args.paired else None
+        if source.lossy:
+            note(f"{source.path} holds JPEG or WebP files: lossy compression alone moves FID by more than most papers, save PNG")
+    size = source[0:1].shape[1]
     kind = ("fashion" if size == FashionClassifier.image_size else "inception") if args.features == "auto" else args.features
     if kind == "fashion" and size != FashionClassifier.image_size:
         raise BadInput(f"--features fashion is for 28 x 28 images, these are {size} x {size}; use --features inception")
     network = (FashionClassifier.load() if kind == "fashion" else Inception(args.inception)).to(args.device)
-    if args.tokenizer:
-        samples = extract(network, batches(decoded), args.device, "features of reconstructions")
-        reference = extract(network, batches(originals), args.device, "features of originals")
-        reference["statistics"] = {name: statistics(reference[name]) for name in ("pool", "spatial") if name in reference}
+
+    pairs = Paired(source, originals, pair_measures(args)) if originals else None
+    samples = extract(network, pairs or source, args.device, args.batch_size, "features of samples")
+    if args.tokenizer and not reference:
+        against = extract(network, originals, args.device, args.batch_size, "features of originals", keep=10000)
     else:
-        samples = extract(network, read_images(args.samples, args.batch_size), args.device, f"features of {args.samples}")
-        reference = load_reference(args.reference, network, args.batch_size, args.device)
-    result = {"samples": samples_name, "reference": reference_name, "features": kind, "count": len(samples["pool"])}
-    result |= evaluate(samples, reference, args.device)
-    if args.tokenizer:
-        result["psnr"] = psnr(originals, decoded)
-        result["rfid"] = result.pop("fid")
-    elif kind == "fashion" and args.samples.endswith(".npz") and "arr_1" in (stored := np.load(args.samples)):
-        result["class_consistency"] = float((samples["probabilities"].argmax(1) == stored["arr_1"]).mean())
+        against = reference_features(reference, network, args.device, args.batch_size, args.cache)
+    if pairs:
+        pairs = pairs.result()
+    if RANK:
+        return
+
+    result = {"samples": f"reconstructions by {args.tokenizer}" if args.tokenizer else str(source.path),
+              "reference": str(reference or args.data), "features": kind, "count": len(source)}
+    for name, key in (("rfid" if originals and not (args.tokenizer and reference) else "fid", "pool"), ("sfid", "spatial")):
+        if key in samples and key in against:
+            if samples[key][0].shape != against[key][0].shape:
+                raise BadInput(f"{reference} stores statistics of {len(against[key][0])} features; those of --features {kind} "
+                               f"are {len(samples[key][0])}")
+            result[name] = frechet_distance(*samples[key], *against[key])
+    result["inception_score"] = samples["inception_score"]
+    if "features" in against:
+        result["precision"], result["recall"] = precision_recall(samples["features"], against["features"], args.device)
+    result |= pairs or {}
+    labels = map_npz(source.path, "arr_1") if not args.tokenizer and source.names is None else None
+    if kind == "fashion" and labels is not None:
+        result["class_consistency"] = float((samples["predicted"] == labels).mean())
     if args.json:
         print(json.dumps(result))
-        return
-    for name, value in result.items():
-        print(f"{name:18} {value:.4f}" if isinstance(value, float) else f"{name:18} {value}")
-    if result["count"] < 10000:
-        print("fewer than 10,000 images: these numbers are biased, compare them only at equal counts")
+    else:
+        for name, value in result.items():
+            print(f"{name:18} {value:.4f}" if isinstance(value, float) else f"{name:18} {value}")
+    if len(source) < 10000:
+        note("fewer than 10,000 images: these numbers are biased, compare them only at equal counts")
+    if len(source) <= len(samples["pool"][0]):
+        note(f"{len(source)} images for {len(samples['pool'][0])} features: the covariance is singular, FID says little")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except BadInput as error:
+    except ValueError as error:
+        if type(error).__name__ not in ("BadInput", "InputError"):  # the second comes from the tokenizer's files
+            raise
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
