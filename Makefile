@@ -8,7 +8,7 @@ demo: $(VENV)/installed
 	$(RUN) tools/run_demo.py
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -q test_all.py tools/test_released.py
+	$(RUN) -m pytest -q test_all.py tools
 
 lint: $(VENV)/installed
 	$(RUN) -m pip install -q ruff

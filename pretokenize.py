@@ -150,7 +150,8 @@ class Images(torch.utils.data.Dataset):
 @torch.no_grad()
 def tokenize(tokenizer, images, machine, batch_size, num_workers, title):
     """Codes of every view of every image: uint16 (images, views, K+N), the same on every rank. """
-    encode = torch.compile(tokenizer.encode) if machine.compile else tokenizer.encode
+    if machine.compile:
+        tokenizer.encoder.transformer.compile()
     shape = (len(images), len(images.views(images.open(0), 0)), tokenizer.cfg.num_prologue + tokenizer.cfg.num_visual)
     codes = torch.zeros(shape, dtype=torch.int32)
     keys = [(i, i) for i in range(machine.rank, len(images), machine.world)]
@@ -158,7 +159,7 @@ def tokenize(tokenizer, images, machine, batch_size, num_workers, title):
     loader = images.batches([keys[i:i + step] for i in range(0, len(keys), step)], num_workers)
     for batch, index in tqdm(loader, desc=title, unit="batch", disable=machine.rank > 0):
         with machine.autocast():
-            part = encode(to_float(batch.flatten(0, 1).to(machine.device)))  # (images*views, K+N)
+            part = tokenizer.encode(to_float(batch.flatten(0, 1).to(machine.device)))  # (images*views, K+N)
         codes[index] = part.view(len(batch), *shape[1:]).int().cpu()
     if machine.world > 1:  # every row was filled on one rank and is 0 on the others
         codes = codes.to(machine.device)

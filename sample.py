@@ -2,7 +2,7 @@
 
     python sample.py                                        # from out/tokenizer.safetensors and out/ar.safetensors
     python sample.py --classes bag sneaker --cfg_visual 3   # a grid of chosen classes, by name or number
-    torchrun --nproc_per_node 8 sample.py --num 50000 --batch_size 1024 --preset prologue-l-xl \
+    torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --preset prologue-l-xl \
         --tokenizer ckpts/prologue-l-tokenizer --ar ckpts/ar-prologue-l-xl
 
 Label and noise of an image are functions of its index and the seed, so batch size and ranks change nothing. In --out it
@@ -164,7 +164,8 @@ def parse_args():
     flag("--ar", help="AR file or released directory; by default ar.safetensors in --out")
     flag("--data", help="images of the reconstruction grid; by default the embedded ones for a 28 x 28 tokenizer")
     flag("--export", metavar="DIR", help="only write both models there as single files, also released ones")
-    flag("--num", type=int, default=1000, help="images in samples.npz; 0 draws only the grids")
+    flag("--num", "--num_samples", type=int, default=1000,
+         help="images in samples.npz, 0 for only the grids; under torchrun, which takes --num for its own, --num_samples")
     flag("--classes", nargs="+", metavar="CLASS", help="names or numbers of the grids' classes; by default ten of all")
     flag("--columns", type=int, default=10, help="images per row of a grid")
     flag("--cfg_visual", type=float,

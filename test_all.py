@@ -285,7 +285,7 @@ def folder(tmp_path_factory):
 def script(name, *args, ranks=1):
     """Runs a script in a process of its own, or under torchrun, and returns (exit code, stdout + stderr)."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29533"] if ranks > 1 else []
-    command = [sys.executable, *launcher, HERE / name, *args, "--num_workers", "0"]
+    command = [sys.executable, *launcher, HERE / name, *args] + ["--num_workers", "0"] * (name != "fid.py")
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return result.returncode, result.stdout + result.stderr
 
@@ -380,7 +380,7 @@ def test_accumulation_and_two_ranks_give_the_gradients_of_one_batch(folder, pipe
 
 def test_samples_do_not_depend_on_batch_size_or_ranks(folder, pipeline, tmp_path):
     pair = ["--tokenizer", pipeline / "tokenizer.safetensors", "--ar", pipeline / "ar.safetensors", "--data", folder / "val"]
-    code, text = script("sample.py", *pair, "--out", tmp_path, "--num", 6, "--batch_size", 4, ranks=2)
+    code, text = script("sample.py", *pair, "--out", tmp_path, "--num_samples", 6, "--batch_size", 4, ranks=2)
     assert code == 0, text
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], np.load(pipeline / "samples.npz")["arr_0"])
 
@@ -428,9 +428,9 @@ def test_bad_input_gets_one_sentence(folder, pipeline, tmp_path, fails):
     tokens["config"] = str(tokens["config"]).replace("cat", "cow")
     np.savez(tmp_path / "val.npz", **tokens)
     assert "different classes" in fails(train_ar, *codes, "--val_codes", tmp_path / "val.npz", "--tokenizer", t, *out)
-    assert "different classes" in fails(train_ar, "--codes", tmp_path / "val.npz", "--tokenizer", t, "--init", a, *out)
+    assert "trained on other classes" in fails(train_ar, "--codes", tmp_path / "val.npz", "--tokenizer", t, "--init", a, *out)
     code, text = script("fid.py", "nothing.npz")
-    assert code == 1 and text == "fid.py: nothing.npz does not exist: an .npz, a folder, a zip or a path into a zip is needed\n"
+    assert code == 1 and "fid.py: nothing.npz does not exist" in text
     assert {p.name for p in tmp_path.iterdir()} == {"empty.zip", "broken", "cut.safetensors", "other.safetensors", "val.npz"}
 
 

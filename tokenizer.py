@@ -177,7 +177,6 @@ class Transformer(nn.Module):
         return x
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def nearest_code(z, codebook, chunk=1024):
     """Index of the code with the largest cosine to each z. z (..., c) unit vectors, codebook (V, c) -> (...) int64.

@@ -26,8 +26,8 @@ from tokenizer import Tokenizer, TokenizerConfig, attention_backend
 
 # Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
 RECIPES = {
-    "tiny": dict(steps=1800, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=50, hold=500, log_every=50, eval_every=450,
-                 save_every=450),
+    "tiny": dict(steps=1600, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=50, hold=400, log_every=50, eval_every=400,
+                 save_every=400),
     "S": dict(steps=1_000_000, batch_size=512, lr=2e-4, min_lr=5e-5, warmup=20_000, hold=100_000, log_every=100,
               eval_every=5000, save_every=5000),
 }

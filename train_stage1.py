@@ -31,8 +31,8 @@ from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, attention_back
 
 # Defaults by --size: the paper's for B and L (150 and 200 epochs of ImageNet at batch 256), minutes on two cores for tiny.
 RECIPES = {
-    "tiny": dict(steps=2200, batch_size=32, lr=5e-4, min_lr=5e-5, warmup=50, hold=1000, ar_size="nano", perceptual="none",
-                 gan_weight=0.02, gan_channels=16, crop="center", log_every=50, eval_every=550, save_every=550),
+    "tiny": dict(steps=2000, batch_size=32, lr=5e-4, min_lr=5e-5, warmup=50, hold=1000, ar_size="nano", perceptual="none",
+                 gan_weight=0.02, gan_channels=16, crop="center", log_every=50, eval_every=500, save_every=500),
     "B": dict(steps=750_000, batch_size=256, lr=1e-4, min_lr=3e-5, warmup=20_000, hold=100_000, ar_size="S", perceptual="vgg",
               gan_weight=0.1, gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
     "L": dict(steps=1_000_000, batch_size=256, lr=1e-4, min_lr=1e-5, warmup=20_000, hold=100_000, ar_size="S",
