@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -361,9 +362,10 @@ def test_resume_continues_the_loss_curve_exactly(folder, pipeline, tmp_path):
 
 
 def test_accumulation_and_two_ranks_give_the_gradients_of_one_batch(folder, pipeline, tmp_path):
-    outs = []
-    for ranks, extra in ((1, []), (1, ["--micro_batch_size", 2]), (2, [])):
-        out = tmp_path / f"{len(outs)}"
+    variants = (1, []), (1, ["--micro_batch_size", 2]), (2, [])
+
+    def train(number):
+        (ranks, extra), out = variants[number], tmp_path / str(number)
         out.mkdir()
         for name in ("codes.npz", "tokenizer.safetensors"):
             (out / name).write_bytes((pipeline / name).read_bytes())
@@ -372,7 +374,9 @@ def test_accumulation_and_two_ranks_give_the_gradients_of_one_batch(folder, pipe
         code, text = script("train_stage1.py", "--data", folder / "train", "--out", out, "--steps", 1, *STAGE1,
                             "--gan_weight", 0, *extra, ranks=ranks)  # BatchNorm sees the forward's own batch
         assert code == 0, text
-        outs.append(out)
+        return out
+
+    outs = list(ThreadPoolExecutor(2).map(train, range(3)))
     for out in outs[1:]:
         assert_same_gradients(out / "train_stage1.pt", outs[0] / "train_stage1.pt", "optimizers")
         assert_same_gradients(out / "train_ar.pt", outs[0] / "train_ar.pt", "optimizer")
