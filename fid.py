@@ -7,8 +7,8 @@
 
 A side is an .npz (images in arr_0, stored statistics mu, sigma, mu_s, sigma_s, or both: then the statistics count for FID and
 the images for precision and recall), a folder, a zip or a path into a zip. Features are those of the Inception network of
-2015-12-05, or, for 28 x 28 images, of a small Fashion-MNIST classifier. Everything but --tokenizer stands alone: copy this
-file wherever you need it.
+2015-12-05, or, for 28 x 28 images, of a small Fashion-MNIST classifier. All but --tokenizer and the
+classifier stands alone: copy this file wherever you need it.
 """
 import argparse
 import hashlib
@@ -41,35 +41,6 @@ class BadInput(ValueError):
 def note(text):
     if RANK == 0:
         print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-class FashionClassifier(nn.Module):
-    """A small CNN for 28 x 28 Fashion-MNIST; its 128 pooled features serve as an offline, in-domain Inception.
-
-    forward: uint8 (B, 28, 28, 3) -> {"pool": (B, 128), "probabilities": (B, 10)}
-    """
-
-    image_size = 28
-
-    def __init__(self):
-        super().__init__()
-        layers, channels = [], 1
-        for width, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
-            layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-        self.net, self.head = nn.Sequential(*layers), nn.Linear(channels, 10)
-
-    def forward(self, images):
-        x = images.float().mean(-1)[:, None] / 127.5 - 1  # (B, 1, 28, 28)
-        pool = self.net(x).mean((2, 3))  # (B, 128)
-        return {"pool": pool, "probabilities": self.head(pool).softmax(-1)}
-
-    @classmethod
-    def load(cls, path=DATA / "fashion_mnist_features.safetensors"):
-        import safetensors.torch
-        model = cls()
-        model.load_state_dict(safetensors.torch.load_file(path))
-        return model.eval()
 
 
 class Inception(nn.Module):
@@ -456,9 +427,11 @@ def main():
         if source.lossy:
             note(f"{source.path} holds JPEG or WebP files: lossy compression alone moves FID by more than most papers, save PNG")
     size = source[0:1].shape[1]
-    kind = ("fashion" if size == FashionClassifier.image_size else "inception") if args.features == "auto" else args.features
-    if kind == "fashion" and size != FashionClassifier.image_size:
-        raise BadInput(f"--features fashion is for 28 x 28 images, these are {size} x {size}; use --features inception")
+    kind = ("fashion" if size == 28 else "inception") if args.features == "auto" else args.features
+    if kind == "fashion":
+        from data.fashion_mnist_features import FashionClassifier
+        if size != 28:
+            raise BadInput(f"--features fashion is for 28 x 28 images, these are {size} x {size}; use --features inception")
     network = (FashionClassifier.load() if kind == "fashion" else Inception(args.inception)).to(args.device)
 
     pairs = Paired(source, originals, pair_measures(args)) if originals else None

@@ -12,10 +12,36 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data.fashion_mnist import CLASSES, load
-from fid import FashionClassifier
+
+
+class FashionClassifier(nn.Module):
+    """A small CNN for 28 x 28 Fashion-MNIST; its 128 pooled features serve as an offline, in-domain Inception.
+
+    forward: uint8 (B, 28, 28, 3) -> {"pool": (B, 128), "probabilities": (B, 10)}
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 1
+        for width, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+            layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        self.net, self.head = nn.Sequential(*layers), nn.Linear(channels, 10)
+
+    def forward(self, images):
+        x = images.float().mean(-1)[:, None] / 127.5 - 1  # (B, 1, 28, 28)
+        pool = self.net(x).mean((2, 3))  # (B, 128)
+        return {"pool": pool, "probabilities": self.head(pool).softmax(-1)}
+
+    @classmethod
+    def load(cls):
+        model = cls()
+        model.load_state_dict(safetensors.torch.load_file(Path(__file__).with_name("fashion_mnist_features.safetensors")))
+        return model.eval()
 
 
 def main():

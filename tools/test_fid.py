@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import fid
+from data.fashion_mnist_features import FashionClassifier
 
 
 def features(n, d, seed, scale=3.0):
@@ -175,7 +176,7 @@ def test_sources_ranks_and_stored_statistics(run, tmp_path):
             assert abs(result[name] - results[0][name]) <= 1e-6 * abs(results[0][name]), name
 
     # Statistics stored beside images count before them; the images still serve precision and recall.
-    network = fid.FashionClassifier.load()
+    network = FashionClassifier.load()
     a, b = (fid.extract(network, fid.ImageSource(tmp_path / f"{name}.npz"), "cpu", 4, "") for name in "ab")
     stored = dict(mu=b["pool"][0] + 1, sigma=b["pool"][1])
     np.savez(tmp_path / "both.npz", sets["b"], **stored)
