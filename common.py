@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 
 
 class InputError(ValueError):
@@ -136,7 +137,9 @@ class Machine:
         if "RANK" in os.environ:
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
         self.compile = args.compile and self.can_compile()
-        self.print(f"{self.world} x {name}, {str(self.dtype)[6:]}" + (", compiled" if self.compile else ""))
+        from tokenizer import attention_backend  # here, because tokenizer.py imports this file
+        self.print(f"{self.world} x {name}, {str(self.dtype)[6:]}, attention by {attention_backend(self.device, self.dtype)}"
+                   + (", compiled" if self.compile else ""))
 
     def can_compile(self):
         """torch.compile needs Triton on CUDA (there is none on Windows) and is not for MPS."""
@@ -153,9 +156,25 @@ class Machine:
         if self.rank == 0:
             print(*text, flush=True)
 
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
+    def split(self, args):
+        """The images of each rank and of each forward in a training step of --batch_size. Raises InputError."""
+        per_rank = args.batch_size // self.world
+        micro = args.micro_batch_size or per_rank
+        if per_rank % micro:
+            raise InputError(f"--micro_batch_size {micro} does not divide the {per_rank} images of each rank")
+        return per_rank, micro
+
+    def wrap(self, module):
+        """The module in DistributedDataParallel where there are several ranks."""
+        if self.world == 1:
+            return module
+        # Copying BatchNorm buffers before each forward would change tensors that the backward still needs.
+        return DistributedDataParallel(module, [self.device.index] if self.device.type == "cuda" else None,
+                                       broadcast_buffers=False)
+
+    def unsynced(self, module, yes):
+        """A context in which a wrapped module's backward leaves its gradients on the rank, if `yes`."""
+        return module.no_sync() if yes and self.world > 1 else contextlib.nullcontext()
 
 
 # The habits of both training loops: learning rate, data order, EMA, log, state, and whether a step counts.
@@ -249,17 +268,17 @@ class Referee:
     """All ranks agree on whether a step's losses were finite and whether somebody asked the run to stop."""
 
     def __init__(self, machine):
-        self.machine, self.stop, self.skipped, self.in_a_row = machine, False, 0, 0
+        self.machine, self.asked, self.stop, self.skipped, self.in_a_row = machine, False, False, 0, 0
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self.ask)
 
     def ask(self, *_):
-        self.stop = True
+        self.asked = True
 
     def step_counts(self, terms):
         """terms: {name: loss}. False if any is not finite on any rank; after 10 such steps in a row raises InputError."""
         finite = torch.stack([t.detach().isfinite().all() for t in terms.values()])
-        verdict = torch.cat([~finite, finite.new_tensor([self.stop])]).int()
+        verdict = torch.cat([~finite, finite.new_tensor([self.asked])]).int()
         if self.machine.world > 1:
             dist.all_reduce(verdict, dist.ReduceOp.MAX)
         *bad, stop = verdict.tolist()

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import InputError, Machine, common_flags, run, save_npz, to_float
-from tokenizer import Tokenizer, attention_backend
+from tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -192,7 +192,6 @@ def default_val(data):
 def main():
     args = parse_args()
     machine = Machine(args)
-    machine.print("attention by", attention_backend(machine.device, machine.dtype))
     path = args.tokenizer or Path(args.out) / "tokenizer.safetensors"
     tokenizer = Tokenizer.load(path).to(machine.device)
     if tokenizer.cfg.codebook_size > 2**16:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ar import AR, SCHEDULES, check_pair, guidance
 from common import InputError, Machine, common_flags, run, save_grid, save_npz, to_float, to_uint8, writing
 from pretokenize import EMBEDDED, Images
-from tokenizer import Tokenizer, attention_backend
+from tokenizer import Tokenizer
 
 # Paper table A5. name: (prologue scale, visual scale, power of the cosine) and, without CFG, (prologue, visual) temperature.
 PRESETS = {
@@ -188,7 +188,6 @@ def parse_args():
 def main():
     args = parse_args()
     machine, out = Machine(args), Path(args.out)
-    machine.print("attention by", attention_backend(machine.device, machine.dtype))
     paths = args.tokenizer or out / "tokenizer.safetensors", args.ar or out / "ar.safetensors"
     tokenizer = Tokenizer.load(paths[0]).to(machine.device)
     ar = AR.load(paths[1], tokenizer).to(machine.device)

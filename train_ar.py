@@ -8,7 +8,6 @@ stored crops drawn at each visit. In --out it leaves ar.safetensors (raw weights
 train_ar.jsonl, train_ar.png and train_ar.pt (for --resume).
 """
 import argparse
-import contextlib
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig, check_pair
 from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
                     save_state, share, step_generator, to_uint8, visited)
-from tokenizer import Tokenizer, TokenizerConfig, attention_backend
+from tokenizer import Tokenizer, TokenizerConfig
 
 # Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
 RECIPES = {
@@ -144,12 +142,7 @@ def parse_args():
 def main():
     args = parse_args()
     machine, out = Machine(args), Path(args.out)
-    machine.print("attention by", attention_backend(machine.device, machine.dtype))
-    per_rank = args.batch_size // machine.world
-    micro = args.micro_batch_size or per_rank
-    if per_rank % micro:
-        raise InputError(f"--micro_batch_size {micro} does not divide the {per_rank} images of each rank")
-
+    per_rank, micro = machine.split(args)
     codes_path = Path(args.codes or out / "codes.npz")
     tokens = Tokens(codes_path)
     val_path = Path(args.val_codes or codes_path.with_name(codes_path.stem + "_val.npz"))
@@ -173,9 +166,7 @@ def main():
         machine.print(f"going on from step {start}")
     if machine.compile:
         ar.transformer.compile()
-    model = Loss(ar)
-    if machine.world > 1:
-        model = DistributedDataParallel(model, device_ids=[machine.device.index] if machine.device.type == "cuda" else None)
+    model = machine.wrap(Loss(ar))
 
     def save(step):
         if machine.rank == 0:
@@ -202,8 +193,7 @@ def main():
         for i in range(0, per_rank, micro):
             codes, labels = tokens.batch(index[i:i + micro], crops[i:i + micro], machine.device)
             labels = labels.masked_fill(unlabelled[i:i + micro], ar.cfg.num_classes)
-            last = i + micro == per_rank
-            with model.no_sync() if machine.world > 1 and not last else contextlib.nullcontext():
+            with machine.unsynced(model, i + micro < per_rank):
                 with machine.autocast():
                     part = model(codes, labels) * micro / per_rank
                 part.backward()

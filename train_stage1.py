@@ -21,13 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import ar as ar_model
 from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
                     save_state, share, step_generator, to_float, to_uint8, update_ema, visited)
 from pretokenize import EMBEDDED, Images, default_val
-from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, attention_backend
+from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig
 
 # Defaults by --size: the paper's for B and L (150 and 200 epochs of ImageNet at batch 256), minutes on two cores for tiny.
 RECIPES = {
@@ -320,11 +319,7 @@ def discriminator_loss(discriminator, real, fake, averages, args, r1):
 def main():
     args = parse_args()
     machine, out = Machine(args), Path(args.out)
-    machine.print("attention by", attention_backend(machine.device, machine.dtype))
-    per_rank = args.batch_size // machine.world
-    micro = args.micro_batch_size or per_rank
-    if per_rank % micro:
-        raise InputError(f"--micro_batch_size {micro} does not divide the {per_rank} images of each rank")
+    per_rank, micro = machine.split(args)
     if args.gan_weight and micro < 2:
         raise InputError("the discriminator's BatchNorm needs at least 2 images per forward: raise --batch_size or "
                          "--micro_batch_size, or train without it by --gan_weight 0")
@@ -359,12 +354,7 @@ def main():
     if machine.compile:  # in place, so that the names of the weights stay as they are
         for part in [tokenizer.encoder.transformer, tokenizer.decoder.transformer] + ([ar.transformer] if ar else []):
             part.compile()
-    model = stage1 = Stage1(tokenizer, ar, args.ce_weight)
-    discriminator = gan
-    if machine.world > 1:
-        # Copying BatchNorm buffers before each forward would change tensors that the backward still needs.
-        wrap = dict(device_ids=[machine.device.index] if machine.device.type == "cuda" else None, broadcast_buffers=False)
-        model, discriminator = DistributedDataParallel(stage1, **wrap), gan and DistributedDataParallel(gan, **wrap)
+    model, discriminator = machine.wrap(Stage1(tokenizer, ar, args.ce_weight)), gan and machine.wrap(gan)
 
     def visits():
         """For each forward of this rank, its list of (visit, index); `visit` counts images over the whole run."""
@@ -396,12 +386,8 @@ def main():
         r1 = gan is not None and args.r1_weight > 0 and step % args.r1_every == 0
         for i in range(0, per_rank, micro):
             x = to_float(next(loader)[0][:, 0].to(machine.device, non_blocking=True))
-            last = i + micro == per_rank
-            with contextlib.ExitStack() as stack:
-                if machine.world > 1 and not last:  # gradients are summed over ranks once per step
-                    stack.enter_context(model.no_sync())
-                    if gan:
-                        stack.enter_context(discriminator.no_sync())
+            more = i + micro < per_rank  # gradients travel between ranks once per step
+            with machine.unsynced(model, more), machine.unsynced(discriminator, more and gan):
                 with machine.autocast():
                     y, codes, vq, ce = model(x, drop[i:i + micro].to(machine.device))
                     part = {"ce": ce}
