@@ -56,10 +56,10 @@ class ARConfig:
 
 
 class KVCache:
-    """Keys and values of one layer, allocated once for all positions; `rows` and `start` say where the next ones go."""
+    """Keys and values of one layer, allocated once for all positions; `AR.step` sets `rows` and `start`, where the next go."""
 
     def __init__(self, rows, length):
-        self.size, self.k, self.v = (rows, length), None, None
+        self.size, self.k, self.v, self.rows, self.start = (rows, length), None, None, slice(None), 0
 
     def append(self, k, v):
         """k, v (rows, T, heads, d) -> all keys and values so far (rows, start+T, heads, d)"""

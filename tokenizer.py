@@ -10,6 +10,7 @@ the two quantisers, the Tokenizer with its four layouts, and how it is saved and
 Letters: B images, N visual tokens, K prologue tokens, D width, d head width, V visual and P prologue codebook size.
 """
 import contextlib
+import functools
 import hashlib
 import math
 from dataclasses import asdict, dataclass
@@ -44,9 +45,15 @@ def unit_norm(x):
     return x * (x.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
 
+@functools.cache
+def can_flash(device):
+    """flash-attn is installed and serves this device: CUDA of Ampere or later."""
+    return flash_attn_func is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def attention(q, k, v, causal=False, mask=None):
     """softmax(q k^T / sqrt(d)) v for tensors (B, T, heads, d), by flash-attn where it is installed and can be used."""
-    if flash_attn_func is not None and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if mask is None and q.dtype != torch.float32 and can_flash(q.device):
         return flash_attn_func(q, k, v, causal=causal)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, d)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
@@ -54,8 +61,7 @@ def attention(q, k, v, causal=False, mask=None):
 
 def attention_backend(device, dtype):
     """The one line that a script prints: which kernel `attention` will use."""
-    flash = flash_attn_func is not None and device.type == "cuda" and dtype != torch.float32
-    return "flash-attn" if flash else "torch's scaled_dot_product_attention"
+    return "flash-attn" if dtype != torch.float32 and can_flash(device) else "torch's scaled_dot_product_attention"
 
 
 def rope_axis_dims(head_dim):
@@ -71,15 +77,15 @@ def rope_angles(positions, dim, theta):
 
 
 def rope_tables(grid, sequence, head_dim):
-    """RoPE angles of `grid` patches (rows, columns; theta 2000) and of `sequence` 1D positions (theta 10000).
+    """RoPE angles of grid x grid patches (theta 2000) and of `sequence` 1D positions (theta 10000).
 
-    Returns (rows*columns, head_dim/2) and (sequence, head_dim/2). A patch turns its row and column dimensions, a
-    1D token only its l dimensions. Always on the CPU, so that a model built on the meta device still has them.
+    Returns (grid*grid, head_dim/2) and (sequence, head_dim/2). A patch turns its row and column dimensions, a 1D token
+    only its l dimensions. Always on the CPU, so that a model built on the meta device still has them.
     """
     row_dim, col_dim, l_dim = rope_axis_dims(head_dim)
-    row, col = torch.meshgrid(torch.arange(grid[0], device="cpu"), torch.arange(grid[1], device="cpu"), indexing="ij")
-    patches = torch.cat([rope_angles(row.flatten(), row_dim, 2000.0), rope_angles(col.flatten(), col_dim, 2000.0),
-                         torch.zeros(grid[0] * grid[1], l_dim // 2, device="cpu")], 1)
+    row, col = torch.arange(grid, device="cpu").repeat_interleave(grid), torch.arange(grid, device="cpu").repeat(grid)
+    patches = torch.cat([rope_angles(row, row_dim, 2000.0), rope_angles(col, col_dim, 2000.0),
+                         torch.zeros(grid * grid, l_dim // 2, device="cpu")], 1)
     line = rope_angles(torch.arange(sequence, device="cpu"), l_dim, 10000.0)
     return patches, torch.cat([torch.zeros(sequence, (row_dim + col_dim) // 2, device="cpu"), line], 1)
 
@@ -150,7 +156,7 @@ class Block(nn.Module):
 
 
 def init_weights(module):
-    """Linear and embedding weights N(0, 0.02), biases 0; outputs of a residual branch start near zero (`Transformer`)."""
+    """Linear and embedding weights N(0, 0.02), biases 0."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=0.02)
         if getattr(module, "bias", None) is not None:
@@ -166,7 +172,7 @@ class Transformer(nn.Module):
             raise InputError(f"a width of {dim} is not a multiple of the head width {head_dim}")
         self.blocks = nn.ModuleList(Block(dim, head_dim, round(hidden_ratio * dim), bias, dropout) for _ in range(layers))
         self.apply(init_weights)
-        for block in self.blocks:
+        for block in self.blocks:  # the residual stream keeps its size whatever the depth
             nn.init.normal_(block.attn.out.weight, std=0.02 / math.sqrt(2 * layers))
             nn.init.normal_(block.mlp.fc2.weight, std=0.02 / math.sqrt(2 * layers))
 
@@ -279,48 +285,38 @@ class TokenizerConfig:
 
 
 class Encoder(nn.Module):
-    """Transformer over input vectors on a grid, with `queries` learned vectors placed after them."""
+    """Transformer over projected input vectors, with learned vectors (`queries` of them) placed after them."""
 
-    def __init__(self, in_dim, size, queries, grid, head_dim, hidden_ratio):
+    def __init__(self, in_dim, size, queries, angles, head_dim, hidden_ratio):
         super().__init__()
         layers, dim = size
         self.input = nn.Linear(in_dim, dim)
         init_weights(self.input)
         self.queries = nn.Parameter(torch.randn(queries, dim) * 0.02) if queries else None
         self.transformer = Transformer(layers, dim, head_dim, hidden_ratio, bias=True)
-        self.register_buffer("angles", torch.cat(rope_tables((grid, grid), queries, head_dim)), persistent=False)
+        self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, x):
-        """x (B, N, in_dim) -> (B, N + queries, D)"""
-        x = self.input(x)
+        """x (B, T, in_dim) -> (B, T + queries, D); the residual stream is fp32 also under autocast"""
+        x = self.input(x).float()
         if self.queries is not None:
-            x = torch.cat([x, self.queries.expand(len(x), -1, -1).to(x.dtype)], 1)
+            x = torch.cat([x, self.queries.expand(len(x), -1, -1)], 1)
         return self.transformer(x, self.angles)
 
 
-class Decoder(nn.Module):
+class Decoder(Encoder):
     """Visual code vectors -> patches. In the layout 1d the codes are a line, and learned queries on the grid read them."""
 
-    def __init__(self, cfg):
-        super().__init__()
-        layers, dim = cfg.decoder
-        grid = cfg.image_size // cfg.patch_size
-        patches, line = rope_tables((grid, grid), cfg.num_visual, cfg.head_dim)
-        self.input = nn.Linear(cfg.code_dim, dim)
-        self.queries = nn.Parameter(torch.randn(cfg.num_visual, dim) * 0.02) if cfg.layout == "1d" else None
-        self.transformer = Transformer(layers, dim, cfg.head_dim, 8 / 3, bias=True)
-        self.norm = RMSNorm(dim)
-        self.out = nn.Linear(dim, 3 * cfg.patch_size**2)
-        init_weights(self.input), init_weights(self.out)
-        self.register_buffer("angles", torch.cat([line, patches]) if cfg.layout == "1d" else patches, persistent=False)
+    def __init__(self, cfg, patches, line):
+        queries, angles = (cfg.num_visual, torch.cat([line, patches])) if cfg.layout == "1d" else (0, patches)
+        super().__init__(cfg.code_dim, cfg.decoder, queries, angles, cfg.head_dim, 8 / 3)
+        self.norm = RMSNorm(cfg.decoder[1])
+        self.out = nn.Linear(cfg.decoder[1], 3 * cfg.patch_size**2)
+        init_weights(self.out)
 
     def forward(self, q):
         """q (B, N, code_dim) -> (B, N, patch*patch*3)"""
-        x = self.input(q)
-        if self.queries is not None:
-            x = torch.cat([x, self.queries.expand(len(x), -1, -1).to(x.dtype)], 1)  # (B, 2N, D)
-        x = self.transformer(x, self.angles)[:, -q.shape[1]:]
-        return self.out(self.norm(x))
+        return self.out(self.norm(super().forward(q)[:, -q.shape[1]:]))
 
 
 class Tokenizer(nn.Module):
@@ -335,13 +331,15 @@ class Tokenizer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        grid, (_, dim) = cfg.image_size // cfg.patch_size, cfg.encoder
-        queries = {"2d": 0, "1d": cfg.num_visual, "prologue": cfg.num_prologue, "post": 0}[cfg.layout]
-        self.encoder = Encoder(3 * cfg.patch_size**2, cfg.encoder, queries, grid, cfg.head_dim, 8 / 3)
+        dim, queries = cfg.encoder[1], {"2d": 0, "1d": cfg.num_visual, "prologue": cfg.num_prologue, "post": 0}[cfg.layout]
+        patches, line = rope_tables(cfg.image_size // cfg.patch_size, max(cfg.num_visual, cfg.num_prologue), cfg.head_dim)
+        angles = torch.cat([patches, line[:queries]])
+        self.encoder = Encoder(3 * cfg.patch_size**2, cfg.encoder, queries, angles, cfg.head_dim, 8 / 3)
         self.visual_quantizer = VisualQuantizer(dim, cfg.codebook_size, cfg.code_dim)
-        self.decoder = Decoder(cfg)
+        self.decoder = Decoder(cfg, patches, line[:cfg.num_visual])
         if cfg.layout == "post":
-            self.post_encoder = Encoder(dim, cfg.post, cfg.num_prologue, grid, cfg.head_dim, 11 / 4)
+            angles = torch.cat([patches, line[:cfg.num_prologue]])
+            self.post_encoder = Encoder(dim, cfg.post, cfg.num_prologue, angles, cfg.head_dim, 11 / 4)
         if cfg.num_prologue:
             dim = cfg.post[1] if cfg.layout == "post" else dim
             self.prologue_quantizer = PrologueQuantizer(dim, cfg.prologue_codebook_size, cfg.code_dim, cfg.tau)
@@ -394,9 +392,12 @@ class Tokenizer(nn.Module):
         return self.pixels(self.visual_quantizer.lookup(codes[:, -n:]))
 
     def fingerprint(self):
-        """A short hash of all that decides the codes and the pixels: token files and AR checkpoints carry it."""
+        """A short hash that tells tokenizers apart: token files and AR checkpoints carry it. Of the weights outside the
+        transformers, because those of a released tokenizer are folded and differ in the last bit from CPU to CPU."""
         sha = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
+            if "transformer" in name or "norm" in name:
+                continue
             sha.update(name.encode())
             sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return sha.hexdigest()[:16]
