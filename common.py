@@ -2,10 +2,12 @@
 
 Read tokenizer.py first; come here when a name leads here.
 """
+import argparse
 import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -65,10 +67,25 @@ def read_checkpoint(path, kind):
     return json.loads(metadata["config"]), tensors
 
 
-def save_npz(path, arrays):
-    """Uncompressed .npz, so that a reader can map its arrays; written aside and renamed."""
-    with writing(path) as temporary, open(temporary, "wb") as f:
-        np.savez(f, **arrays)
+class SharedRows:
+    """A large array that all ranks fill on disk, each its own rows, and rank 0 then packs into an uncompressed .npz."""
+
+    def __init__(self, path, shape, dtype, machine):
+        self.path, self.machine = Path(path).with_name(f".{Path(path).name}.rows"), machine
+        if machine.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(self.path, "w+", dtype, tuple(shape)).flush()
+        machine.barrier()
+        self.array, self.target = np.lib.format.open_memmap(self.path, "r+"), path
+
+    def pack(self, name, **others):
+        """Writes {name: the array} and `others` as .npz; the array stays readable on rank 0."""
+        self.array.flush()
+        self.machine.barrier()
+        if self.machine.rank == 0:
+            with writing(self.target) as temporary, open(temporary, "wb") as f:
+                np.savez(f, **{name: self.array}, **others)
+            self.path.unlink()
 
 
 def to_float(images):
@@ -104,16 +121,52 @@ def run(main):
             dist.destroy_process_group()
 
 
-def common_flags(parser, batch_size, **defaults):
-    """The flags that every script has; `batch_size` is the default, None where it depends on --size."""
+def positive(text):
+    """argparse type: a whole number above 0."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def training_flags(parser, recipe):
+    """The flags that both trainers share, with the defaults of a recipe."""
+    flag = parser.add_argument
+    flag("--steps", type=positive, default=recipe["steps"], help="length of the whole run, which the learning rate follows")
+    flag("--micro_batch_size", type=positive, help="images per forward and rank; by default all of the rank's share")
+    flag("--lr", type=float, default=recipe["lr"], help="learning rate after the warmup")
+    flag("--min_lr", type=float, default=recipe["min_lr"], help="learning rate at the last step")
+    flag("--warmup", type=int, default=recipe["warmup"], help="steps of linear warmup")
+    flag("--hold", type=int, default=recipe["hold"], help="steps at --lr before the linear decay to --min_lr")
+    flag("--log_every", type=positive, default=recipe["log_every"], help="steps between lines")
+    flag("--eval_every", type=positive, default=recipe["eval_every"], help="steps between held-out measures and pictures")
+    flag("--save_every", type=positive, default=recipe["save_every"], help="steps between saved states")
+    flag("--resume", action="store_true", help="go on from the training state in --out, if there is one")
+    flag("--wandb", action="store_true", help="also log to Weights & Biases")
+    common_flags(parser, recipe["batch_size"])
+
+
+def common_flags(parser, batch_size):
+    """The flags that every script has."""
     flag = parser.add_argument
     flag("--out", default="out", help="folder for everything that is written and looked for")
-    flag("--batch_size", type=int, default=batch_size, help="images per step over all ranks together")
-    flag("--seed", type=int, default=0)
+    flag("--batch_size", type=positive, default=batch_size, help="images per step over all ranks together")
+    flag("--seed", type=int, default=0, help="of everything random")
     flag("--device", default="auto", help="auto, cuda, mps or cpu")
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto is bf16 on CUDA and fp32 elsewhere")
     flag("--compile", action="store_true", help="torch.compile what is hot")
     flag("--num_workers", type=int, default=min(8, (os.cpu_count() or 1) // 2), help="processes that decode images, per rank")
+
+
+@contextlib.contextmanager
+def exact_fp32(device_type):
+    """Products in true fp32: no autocast, no TF32. A TF32 code search picks another code for 0.15% of the tokens."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 class Machine:
@@ -124,10 +177,13 @@ class Machine:
         name = args.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: torch finds no CUDA device here; use --device cpu")
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
-        bf16 = args.dtype == "bf16" or args.dtype == "auto" and name == "cuda"
+        try:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}); try --device cpu") from None
+        name = self.device.type
+        bf16 = args.dtype == "bf16" or args.dtype == "auto" and name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         if name == "cuda":
             torch.cuda.set_device(self.device)
@@ -142,12 +198,12 @@ class Machine:
                    + (", compiled" if self.compile else ""))
 
     def can_compile(self):
-        """torch.compile needs Triton on CUDA (there is none on Windows) and is not for MPS."""
+        """torch.compile needs Triton on CUDA (there is none on Windows), a C++ compiler on the CPU, and is not for MPS."""
         from torch.utils._triton import has_triton
-        works = has_triton() if self.device.type == "cuda" else self.device.type == "cpu" and os.name == "posix"
-        if not works:
-            self.print("--compile: no Triton here, running uncompiled")
-        return works
+        works = {"cuda": has_triton, "cpu": lambda: shutil.which(os.environ.get("CXX", "g++"))}.get(self.device.type)
+        if not (works and works()):
+            self.print("--compile: neither Triton nor a C++ compiler for this device, running uncompiled")
+        return bool(works and works())
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -155,6 +211,18 @@ class Machine:
     def print(self, *text):
         if self.rank == 0:
             print(*text, flush=True)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, tensor):
+        """The sum of a tensor over the ranks, on the CPU."""
+        if self.world == 1:
+            return tensor.cpu()
+        tensor = tensor.to(self.device)
+        dist.all_reduce(tensor)
+        return tensor.cpu()
 
     def split(self, args):
         """The images of each rank and of each forward in a training step of --batch_size. Raises InputError."""
@@ -215,7 +283,7 @@ def update_ema(ema, model, half_life):
 
 
 def param_groups(modules):
-    """AdamW groups for (module, lr-independent settings) pairs; weight decay falls on matrices only."""
+    """AdamW groups for (module, betas, weight decay) triples; the decay falls on matrices only."""
     groups = []
     for module, betas, weight_decay in modules:
         trained = [p for p in module.parameters() if p.requires_grad]
@@ -230,24 +298,35 @@ class Progress:
     def __init__(self, path, machine, args, step):
         self.path, self.machine, self.args, self.wandb = Path(path), machine, args, None
         self.clock, self.images = time.perf_counter(), 0
-        if machine.rank:
-            return
-        old = self.path.read_text().splitlines() if step and self.path.exists() else []
-        with writing(self.path) as temporary:  # a resumed run forgets what was logged after its state was saved
-            temporary.write_text("".join(line + "\n" for line in old if json.loads(line)["step"] <= step))
-        if args.wandb:
-            import wandb
+        self.start = step
+        if args.wandb and machine.rank == 0:
+            try:
+                import wandb
+            except ImportError:
+                raise InputError("--wandb needs the package wandb: pip install wandb") from None
             self.wandb = wandb.init(project="prologue", config=vars(args))
+
+    def truncate(self):
+        """Empties the log, or on resuming forgets what was logged after the state was saved, and a line cut off by a kill."""
+        old = self.path.read_text().splitlines() if self.start and self.path.exists() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= self.start]
+        with writing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+        self.start = None
 
     def write(self, step, values):
         if self.machine.rank == 0:
+            if self.start is not None:
+                self.truncate()
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step} | values) + "\n")
             if self.wandb:
                 self.wandb.log(values, step=step)
 
     def line(self, step, values):
-        """Logs and prints the values with images/s since the last line and the time left."""
+        """Logs and prints the values, means over the ranks, with images/s since the last line and the time left."""
+        means = self.machine.sum(torch.tensor([v for v in values.values() if isinstance(v, float)])) / self.machine.world
+        values |= dict(zip([k for k, v in values.items() if isinstance(v, float)], means.tolist()))
         seconds = time.perf_counter() - self.clock
         values["images_per_s"] = self.images / seconds
         left = (self.args.steps - step) * self.args.batch_size / values["images_per_s"]

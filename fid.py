@@ -51,8 +51,8 @@ class Inception(nn.Module):
 
     def __init__(self, weights=None):
         super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
             if weights is None:  # checked against the hash in its name, renamed only when complete
                 torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, weights_only=True, map_location="cpu")
                 weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
@@ -102,8 +102,8 @@ class ImageSource:
     """
 
     def __init__(self, path, crop=None):
-        path, self.crop, self.lossy = Path(path), crop, False
-        self.path = path
+        path = self.path = Path(path)
+        self.crop, self.lossy = crop, False
         self.archive = next((p for p in (path, *path.parents) if p.suffix.lower() == ".zip" and p.is_file()), None)
         self.array, self.names = None, None
         if path.suffix == ".npz" and path.is_file():
@@ -113,10 +113,14 @@ class ImageSource:
             if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
                 raise BadInput(f"{path}: arr_0 is {self.array.dtype} of shape {self.array.shape}; images as uint8 from 0 to 255 "
                                "of shape (N, H, W, 3) are needed")
+            self.size = self.array.shape[1:]
             return
         if self.archive:
             inside = path.relative_to(self.archive).as_posix()
-            self.zip = zipfile.ZipFile(self.archive)
+            try:
+                self.zip = zipfile.ZipFile(self.archive)
+            except zipfile.BadZipFile:
+                raise BadInput(f"{self.archive} is not a whole zip file") from None
             names = [n for n in self.zip.namelist() if inside == "." or n.startswith(inside + "/")]
         elif path.is_dir():
             names = [str(p) for p in path.rglob("*")]
@@ -131,8 +135,10 @@ class ImageSource:
     def read(self, name):
         try:
             with Image.open(io.BytesIO(self.zip.read(name)) if self.archive else name) as image:
+                if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scaling
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 image = image.convert("RGB")
-        except (OSError, SyntaxError, zipfile.BadZipFile) as error:
+        except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
             raise BadInput(f"{name} in {self.path} cannot be read as an image: {error}") from None
         if not self.crop:
             return np.asarray(image)
@@ -161,7 +167,7 @@ class Moments:
         self.count, self.sum, self.outer = 0, 0, 0
 
     def add(self, x):
-        x = x.double().cpu()
+        x = x.cpu().double()
         self.count, self.sum, self.outer = self.count + len(x), self.sum + x.sum(0), self.outer + x.T @ x
 
     def result(self):
@@ -186,7 +192,7 @@ class ScoreSums:
 
     def add(self, p, first):
         """p (B, classes) of the images first, first + 1, ..."""
-        p, index = p.double().cpu(), torch.arange(first, first + len(p)) // self.split
+        p, index = p.cpu().double(), torch.arange(first, first + len(p)) // self.split
         self.p.index_add_(0, index, p)
         self.p_log_p.index_add_(0, index, torch.special.xlogy(p, p).sum(1))
         self.count.index_add_(0, index, torch.ones(len(p), dtype=torch.float64))
@@ -249,9 +255,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
 
 
-def squared_distances(a, b):
-    """(n, d), (m, d) -> (n, m) float32"""
-    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min_(0)
+def squared_distances(a, b, b_norms):
+    """(n, d), (m, d), |b|^2 (m,) -> (n, m) float32"""
+    return torch.addmm(b_norms + a.square().sum(1)[:, None], a, b.T, alpha=-2).clamp_min_(0)
 
 
 def precision_recall(samples, reference, device="cpu", k=3, block=1000):
@@ -261,14 +267,16 @@ def precision_recall(samples, reference, device="cpu", k=3, block=1000):
     through `block` rows at a time.
     """
     x, y = torch.from_numpy(samples).to(device), torch.from_numpy(reference).to(device)
+    norms_x, norms_y = x.square().sum(1), y.square().sum(1)
 
-    def radii(a):  # the nearest is the point itself
-        return torch.cat([squared_distances(part, a).kthvalue(min(k + 1, len(a)), 1).values for part in a.split(block)])
+    def radii(a, norms):  # the nearest is the point itself
+        return torch.cat([squared_distances(part, a, norms).topk(min(k + 1, len(a)), largest=False).values[:, -1]
+                          for part in a.split(block)])
 
-    radius_x, radius_y = radii(x), radii(y)
+    radius_x, radius_y = radii(x, norms_x), radii(y, norms_y)
     in_reference, in_samples = [], torch.zeros(len(y), dtype=torch.bool, device=device)
     for i in range(0, len(x), block):
-        d = squared_distances(x[i:i + block], y)  # (block, m)
+        d = squared_distances(x[i:i + block], y, norms_y)  # (block, m)
         in_reference.append((d <= radius_y).any(1))
         in_samples |= (d <= radius_x[i:i + block, None]).any(0)
     return torch.cat(in_reference).float().mean().item(), in_samples.float().mean().item()
@@ -278,18 +286,20 @@ def cache_file(path, network):
     """Where the statistics of a reference are kept: beside it, under a name with the hash of all its bytes, so never stale."""
     path = Path(path)
     base = path if path.suffix == ".npz" or path.is_dir() else ImageSource(path).archive
-    sha = hashlib.sha256(f"{type(network).__name__} {path.name}".encode())
+    sha = hashlib.sha256(f"{type(network).__name__} {path.relative_to(base.parent).as_posix()}".encode())
+    for tensor in network.state_dict().values():
+        sha.update(tensor.cpu().numpy().tobytes())
     for file in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]:
         with open(file, "rb") as f:
             sha.update(hashlib.file_digest(f, "sha256").digest())
     return base.with_name(f"{base.name}.{sha.hexdigest()[:16]}.fid.npz")
 
 
-def reference_features(path, network, device, batch_size, cache):
+def reference_features(path, network, device, batch_size, cache, size):
     """Statistics, and features for precision and recall, of a reference; statistics stored in an npz count before images."""
     stored, result, is_npz = {}, {}, Path(path).suffix == ".npz" and Path(path).is_file()
     for name, keys in (("pool", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))):
-        if is_npz and map_npz(path, keys[0]) is not None:
+        if is_npz and map_npz(path, keys[0]) is not None and map_npz(path, keys[1]) is not None:
             stored[name] = tuple(map_npz(path, key) for key in keys)
             note(f"{keys[0]} and {keys[1]} stored in {path} count, not those of its images")
     if stored and map_npz(path, "arr_0") is None:
@@ -299,8 +309,13 @@ def reference_features(path, network, device, batch_size, cache):
         saved = np.load(file)
         result = {name: (saved[f"{name}_mu"], saved[f"{name}_sigma"]) for name in ("pool", "spatial") if f"{name}_mu" in saved}
         return result | {"features": saved["features"]} | stored
-    result = extract(network, ImageSource(path), device, batch_size, f"features of {path}", keep=10000)
-    if file and RANK == 0:
+    source = ImageSource(path)
+    if source.size[0] != size:
+        raise BadInput(f"{path} holds images of {source.size[0]} pixels, the samples have {size}: bring both to one size first")
+    result = extract(network, source, device, batch_size, f"features of {path}", keep=10000)
+    if file and RANK == 0 and not os.access(file.parent, os.W_OK):
+        note(f"--cache: {file.parent} cannot be written to, nothing is kept")
+    elif file and RANK == 0:
         arrays = {f"{name}_{part}": array for name in ("pool", "spatial") if name in result
                   for part, array in zip(("mu", "sigma"), result[name])}
         temporary = file.with_suffix(".tmp")
@@ -310,21 +325,6 @@ def reference_features(path, network, device, batch_size, cache):
             os.fsync(f.fileno())
         os.replace(temporary, file)
     return result | stored
-
-
-class Reconstructions:
-    """What a tokenizer makes of an image source, as a source."""
-
-    def __init__(self, tokenizer, originals, device):
-        self.tokenizer, self.originals, self.device = tokenizer, originals, device
-
-    def __len__(self):
-        return len(self.originals)
-
-    def __getitem__(self, part):
-        from common import to_float, to_uint8
-        images = to_float(torch.from_numpy(self.originals[part]).to(self.device)).permute(0, 3, 1, 2)
-        return to_uint8(self.tokenizer.decode(self.tokenizer.encode(images))).numpy()
 
 
 def psnr(a, b):
@@ -347,21 +347,18 @@ def ssim(a, b):
 
 
 class Paired:
-    """Passes a source on and, for each part that is read, sums the measures of its images against their originals."""
+    """The source of what `make` makes of the originals; sums the measures of each pair that is read."""
 
-    def __init__(self, source, originals, measures):
-        if len(source) != len(originals):
-            raise BadInput(f"{len(source)} images cannot be paired with {len(originals)} originals: the counts must be equal")
-        self.source, self.originals, self.measures = source, originals, measures
+    def __init__(self, originals, make, measures):
+        self.originals, self.make, self.measures = originals, make, measures
         self.sums = torch.zeros(len(measures), dtype=torch.float64)
 
     def __len__(self):
-        return len(self.source)
+        return len(self.originals)
 
     def __getitem__(self, part):
-        images, originals = self.source[part], self.originals[part]
-        if images.shape != originals.shape:
-            raise BadInput(f"images of {images.shape[1:3]} cannot be compared with originals of {originals.shape[1:3]}")
+        originals = self.originals[part]
+        images = self.make(part, originals)
         a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (images, originals))
         self.sums += torch.stack([measure(a, b).double().sum() for measure in self.measures.values()])
         return images
@@ -371,6 +368,19 @@ class Paired:
         if WORLD > 1:
             dist.all_reduce(self.sums)
         return dict(zip(self.measures, (self.sums / len(self)).tolist()))
+
+
+def reconstruct(path, device):
+    """(uint8 images -> their reconstructions by the tokenizer at `path`, its image size)"""
+    from common import to_float, to_uint8
+    from tokenizer import Tokenizer
+    tokenizer = Tokenizer.load(path).to(device)
+
+    def make(part, originals):
+        images = to_float(torch.from_numpy(originals).to(device)).permute(0, 3, 1, 2)
+        return to_uint8(tokenizer.decode(tokenizer.encode(images))).numpy()
+
+    return make, tokenizer.cfg.image_size
 
 
 def pair_measures(args):
@@ -388,7 +398,7 @@ def pair_measures(args):
 def parse_args():
     parser = argparse.ArgumentParser(description="FID and friends.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("samples", nargs="?", help="npz, folder or zip of generated images; by default out/samples.npz")
+    flag("samples", nargs="?", help="npz, folder or zip of generated images; by default samples.npz in --out")
     flag("reference", nargs="?", help="npz, folder or zip to compare with; by default the embedded training images")
     flag("--tokenizer", help="evaluate this tokenizer's reconstructions of --data against --data: rFID and PSNR")
     flag("--data", default=str(DATA / "fashion_mnist.zip" / "val"), help="images to reconstruct with --tokenizer")
@@ -400,8 +410,11 @@ def parse_args():
     flag("--cache", action="store_true", help="keep the reference's statistics in a file beside it")
     flag("--json", action="store_true", help="print one JSON line instead of the table")
     flag("--batch_size", type=int, default=100, help="images per forward of each rank")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--out", default="out", help="folder where samples.npz is looked for if no path is given")
+    flag("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.tokenizer and args.reference:
         parser.error("with --tokenizer give at most one path, a reference other than --data")
     return args
@@ -409,24 +422,33 @@ def parse_args():
 
 def main():
     args = parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # the numbers shall not depend on the card
     if WORLD > 1:
         dist.init_process_group("gloo")  # only float64 sums and gathered features travel, on the CPU
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    reference = args.reference or str(DATA / "fashion_mnist.zip" / "train")
+    reference, originals = args.reference or str(DATA / "fashion_mnist.zip" / "train"), None
     if args.tokenizer:
-        from tokenizer import Tokenizer
-        tokenizer = Tokenizer.load(args.tokenizer).to(args.device)
-        originals = ImageSource(args.data, crop=tokenizer.cfg.image_size)
-        source, reference = Reconstructions(tokenizer, originals, args.device), args.samples
+        make, size = reconstruct(args.tokenizer, args.device)
+        originals, reference, name = ImageSource(args.data, crop=size), args.samples, f"reconstructions by {args.tokenizer}"
         if reference:
             note("a reconstruction scored against other images than its own originals: do not compare it with rFIDs")
     else:
-        source = ImageSource(args.samples or "out/samples.npz")
-        originals = ImageSource(reference) if args.paired else None
-        if source.lossy:
-            note(f"{source.path} holds JPEG or WebP files: lossy compression alone moves FID by more than most papers, save PNG")
-    size = source[0:1].shape[1]
+        name = args.samples or f"{args.out}/samples.npz"
+        images = ImageSource(name)
+        size = images.size[0]
+        if images.lossy:
+            note(f"{name} holds JPEG or WebP files: lossy compression alone moves FID by more than most papers, save PNG")
+        if args.paired:
+            originals = ImageSource(reference)
+            if len(images) != len(originals) or images.size != originals.size:
+                raise BadInput(f"--paired: {name} holds {len(images)} images of {images.size[:2]} and {reference} "
+                               f"{len(originals)} of {originals.size[:2]}; both must be the same")
+
+            def make(part, originals):
+                return images[part]
+    if (args.ssim or args.lpips) and not originals:
+        raise BadInput("--ssim and --lpips compare pairs: give --tokenizer or --paired with them")
     kind = ("fashion" if size == 28 else "inception") if args.features == "auto" else args.features
     if kind == "fashion":
         from data.fashion_mnist_features import FashionClassifier
@@ -434,37 +456,36 @@ def main():
             raise BadInput(f"--features fashion is for 28 x 28 images, these are {size} x {size}; use --features inception")
     network = (FashionClassifier.load() if kind == "fashion" else Inception(args.inception)).to(args.device)
 
-    pairs = Paired(source, originals, pair_measures(args)) if originals else None
-    samples = extract(network, pairs or source, args.device, args.batch_size, "features of samples")
+    source = Paired(originals, make, pair_measures(args)) if originals else images
+    samples = extract(network, source, args.device, args.batch_size, "features of samples")
     if args.tokenizer and not reference:
         against = extract(network, originals, args.device, args.batch_size, "features of originals", keep=10000)
     else:
-        against = reference_features(reference, network, args.device, args.batch_size, args.cache)
-    if pairs:
-        pairs = pairs.result()
+        against = reference_features(reference, network, args.device, args.batch_size, args.cache, size)
+    pairs = source.result() if originals else {}
     if RANK:
         return
 
-    result = {"samples": f"reconstructions by {args.tokenizer}" if args.tokenizer else str(source.path),
+    result = {"samples": name,
               "reference": str(reference or args.data), "features": kind, "count": len(source)}
-    for name, key in (("rfid" if originals and not (args.tokenizer and reference) else "fid", "pool"), ("sfid", "spatial")):
+    for measure, key in (("rfid" if originals and not (args.tokenizer and reference) else "fid", "pool"), ("sfid", "spatial")):
         if key in samples and key in against:
             if samples[key][0].shape != against[key][0].shape:
                 raise BadInput(f"{reference} stores statistics of {len(against[key][0])} features; those of --features {kind} "
                                f"are {len(samples[key][0])}")
-            result[name] = frechet_distance(*samples[key], *against[key])
+            result[measure] = frechet_distance(*samples[key], *against[key])
     result["inception_score"] = samples["inception_score"]
     if "features" in against:
         result["precision"], result["recall"] = precision_recall(samples["features"], against["features"], args.device)
-    result |= pairs or {}
-    labels = map_npz(source.path, "arr_1") if not args.tokenizer and source.names is None else None
+    result |= pairs
+    labels = map_npz(name, "arr_1") if not args.tokenizer and name.endswith(".npz") else None
     if kind == "fashion" and labels is not None:
         result["class_consistency"] = float((samples["predicted"] == labels).mean())
     if args.json:
         print(json.dumps(result))
     else:
-        for name, value in result.items():
-            print(f"{name:18} {value:.4f}" if isinstance(value, float) else f"{name:18} {value}")
+        for measure, value in result.items():
+            print(f"{measure:18} {value:.4f}" if isinstance(value, float) else f"{measure:18} {value}")
     if len(source) < 10000:
         note("fewer than 10,000 images: these numbers are biased, compare them only at equal counts")
     if len(source) <= len(samples["pool"][0]):

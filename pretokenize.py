@@ -17,11 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from common import InputError, Machine, common_flags, run, save_npz, to_float
+from common import InputError, Machine, SharedRows, common_flags, run, to_float
 from tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist.zip"
@@ -84,12 +83,13 @@ def five_crops(image, size):
 class Images(torch.utils.data.Dataset):
     """The images under a folder or under a path into a zip; the classes are the sorted names of the folders there.
 
-    A key is (visit, index); `crops` "none", "center" and "ten" give every view of the image, "random" one view that is
-    a function of (seed, visit) alone. Items are (uint8 tensor (views, 3, size, size), index). Raises InputError.
+    A key is (visit, index). An item is (uint8 tensor (views, 3, size, size), index): every view of the image by `crops`
+    "none", "center" or "ten", or with `train` one view, whose random crop and mirroring are a function of (seed, visit).
+    A flat folder takes its classes from LOC_val_solution.csv above it, if there is one (Kaggle's ImageNet). Raises InputError.
     """
 
-    def __init__(self, path, size, crops="center", flip=False, seed=0):
-        self.size, self.crops, self.flip, self.seed = size, crops, flip, seed
+    def __init__(self, path, size, crops="center", flip=False, seed=0, train=False):
+        self.size, self.crops, self.flip, self.seed, self.train = size, crops, flip, seed, train
         self.archive, inside = split_zip(path)
         if self.archive:
             self.root, names = inside, [n[len(inside):] for n in open_zip(self.archive).namelist() if n.startswith(inside)]
@@ -103,9 +103,25 @@ class Images(torch.utils.data.Dataset):
         if not self.names:
             raise InputError(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})")
         folders = [n.rpartition("/")[0].split("/")[0] for n in self.names]
+        if set(folders) == {""} and (table := self.find_csv()):
+            folders = [table.get(Path(n).stem, "") for n in self.names]
         self.classes = sorted(set(folders))
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([number[folder] for folder in folders])
+
+    def find_csv(self):
+        """{file stem: class} of the LOC_val_solution.csv in a folder above the images, or None."""
+        for folder in (Path(self.root), *Path(self.root).parents):
+            name = (folder / "LOC_val_solution.csv").as_posix()
+            if self.archive and name in open_zip(self.archive).namelist():
+                text = open_zip(self.archive).read(name).decode()
+            elif not self.archive and os.path.isfile(name):
+                text = Path(name).read_text()
+            else:
+                continue
+            rows = (line.split(",") for line in text.splitlines()[1:])
+            return {row[0]: row[1].split()[0] for row in rows}
+        return None
 
     def __len__(self):
         return len(self.names)
@@ -116,20 +132,25 @@ class Images(torch.utils.data.Dataset):
         try:
             file = open_zip(self.archive).open(self.root + name) if self.archive else open(os.path.join(self.root, name), "rb")
             with file, Image.open(file) as image:
+                if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scaling
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
-        except (OSError, SyntaxError, zipfile.BadZipFile) as error:
+        except InputError:
+            raise
+        except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
             raise InputError(f"{name} in {self.archive or self.root} cannot be read as an image: {error}") from None
 
     def views(self, image, visit):
-        """The crops (size, size, 3) of one image, mirrored copies after them."""
-        if self.crops == "random":
-            rng = random.Random(f"{self.seed} {visit}")
-            view = random_crop(image, self.size, rng)
-            return [view[:, ::-1] if self.flip and rng.random() < 0.5 else view]
+        """The views (size, size, 3) of one image; mirrored copies stand after the crops."""
+        rng = random.Random(f"{self.seed} {visit}")
         if self.crops == "none":
             views = [np.asarray(image)]
+        elif self.crops == "random":
+            views = [random_crop(image, self.size, rng)]
         else:
             views = five_crops(image, self.size) if self.crops == "ten" else [center_crop(image, self.size)]
+        if self.train:
+            return [v[:, ::-1] for v in views] if self.flip and rng.random() < 0.5 else views
         return views + [v[:, ::-1] for v in views] if self.flip or self.crops == "ten" else views
 
     def __getitem__(self, key):
@@ -148,23 +169,19 @@ class Images(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def tokenize(tokenizer, images, machine, batch_size, num_workers, title):
-    """Codes of every view of every image: uint16 (images, views, K+N), the same on every rank. """
-    if machine.compile:
-        tokenizer.encoder.transformer.compile()
+def tokenize(tokenizer, images, machine, args, target, fields):
+    """Codes of every view of every image, uint16 (images, views, K+N), into the .npz `target`; returns them on rank 0."""
     shape = (len(images), len(images.views(images.open(0), 0)), tokenizer.cfg.num_prologue + tokenizer.cfg.num_visual)
-    codes = torch.zeros(shape, dtype=torch.int32)
+    rows = SharedRows(target, shape, np.uint16, machine)
     keys = [(i, i) for i in range(machine.rank, len(images), machine.world)]
-    step = max(1, batch_size // machine.world // shape[1])
-    loader = images.batches([keys[i:i + step] for i in range(0, len(keys), step)], num_workers)
-    for batch, index in tqdm(loader, desc=title, unit="batch", disable=machine.rank > 0):
+    step = max(1, args.batch_size // machine.world // shape[1])
+    loader = images.batches([keys[i:i + step] for i in range(0, len(keys), step)], args.num_workers)
+    for batch, index in tqdm(loader, desc=str(target), unit="batch", disable=machine.rank > 0):
         with machine.autocast():
             part = tokenizer.encode(to_float(batch.flatten(0, 1).to(machine.device)))  # (images*views, K+N)
-        codes[index] = part.view(len(batch), *shape[1:]).int().cpu()
-    if machine.world > 1:  # every row was filled on one rank and is 0 on the others
-        codes = codes.to(machine.device)
-        dist.all_reduce(codes)
-    return codes.cpu().numpy().astype(np.uint16)
+        rows.array[index.numpy()] = part.view(len(batch), *shape[1:]).cpu().numpy()
+    rows.pack("codes", **fields)
+    return rows.array
 
 
 def parse_args():
@@ -199,13 +216,21 @@ def main():
     val_data = args.val_data or default_val(args.data)
     jobs = [(args.data, "codes.npz", args.crops, args.flip)]
     jobs += [(val_data, "codes_val.npz", "none" if args.crops == "none" else "center", False)] if val_data else []
+    if machine.compile:
+        for part in {tokenizer.encoder, getattr(tokenizer, "post_encoder", tokenizer.encoder)}:
+            part.transformer.compile()
+    classes = None
     for data, name, crops, flip in jobs:
         images = Images(data, tokenizer.cfg.image_size, crops, flip)
-        codes = tokenize(tokenizer, images, machine, args.batch_size, args.num_workers, f"{name} from {data}")
+        if classes not in (None, images.classes):
+            machine.print(f"{data} has other classes than {args.data}: no held-out tokens are made of it")
+            continue
+        classes = images.classes
+        config = {"tokenizer": asdict(tokenizer.cfg), "fingerprint": tokenizer.fingerprint(), "classes": classes,
+                  "data": str(data), "crops": crops, "flip": flip}
+        codes = tokenize(tokenizer, images, machine, args, Path(args.out) / name,
+                         dict(labels=images.labels, config=json.dumps(config)))
         if machine.rank == 0:
-            config = {"tokenizer": asdict(tokenizer.cfg), "fingerprint": tokenizer.fingerprint(), "classes": images.classes,
-                      "data": str(data), "crops": crops, "flip": flip}
-            save_npz(Path(args.out) / name, dict(codes=codes, labels=images.labels, config=json.dumps(config)))
             cfg, used = tokenizer.cfg, [len(np.unique(part)) for part in np.split(codes, [tokenizer.cfg.num_prologue], axis=2)]
             print(f"{Path(args.out) / name}: {codes.shape[0]} images x {codes.shape[1]} crops x {codes.shape[2]} codes, in use: "
                   f"{used[0]}/{cfg.prologue_codebook_size} prologue, {used[1]}/{cfg.codebook_size} visual")

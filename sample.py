@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from ar import AR, SCHEDULES, check_pair, guidance
-from common import InputError, Machine, common_flags, run, save_grid, save_npz, to_float, to_uint8, writing
+from common import InputError, Machine, SharedRows, common_flags, run, save_grid, to_float, to_uint8, writing
 from pretokenize import EMBEDDED, Images
 from tokenizer import Tokenizer
 
@@ -73,8 +72,10 @@ class Sampler:
     def __init__(self, ar, tokenizer, machine, args):
         self.ar, self.tokenizer, self.machine, self.seed = ar, tokenizer, machine, args.seed
         self.count, self.batch_size = ar.cfg.num_prologue + ar.cfg.num_visual, max(1, args.batch_size // machine.world)
+        ar.requires_grad_(machine.dtype != torch.float32)  # autocast keeps its casts of weights only where these need gradients
         self.settings = {key: getattr(args, key) for key in (
-            "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_power", "temperature", "temperature_prologue", "top_k", "top_p")}
+            "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_schedule_prologue", "cfg_power",
+            "temperature", "temperature_prologue", "top_k", "top_p")}
 
     def codes(self, labels, indices, prologue=None):
         """labels (n,), image indices (n,), prologue (n, K) or None -> codes (n, K+N), --batch_size at a time"""
@@ -134,22 +135,14 @@ def reconstruction_grid(sampler, data, columns):
     return rows
 
 
-def draw_many(sampler, num, machine):
-    """uint8 images (num, H, W, 3) and labels (num,), each class equally often, on rank 0; None elsewhere."""
-    labels = torch.arange(num) % sampler.ar.cfg.num_classes
-    mine = torch.arange(machine.rank, num, machine.world)
-    images = torch.cat([sampler.pixels(sampler.codes(labels[part], part)) for part in
-                        tqdm(mine.split(sampler.batch_size), desc="samples", unit="batch", disable=machine.rank > 0)])
-    if machine.world == 1:
-        return images.numpy(), labels.numpy()
-    gathered = [None] * machine.world if machine.rank == 0 else None
-    dist.gather_object(images, gathered)
-    if machine.rank:
-        return None
-    result = np.zeros((num, *images.shape[1:]), np.uint8)
-    for rank, part in enumerate(gathered):
-        result[rank::machine.world] = part
-    return result, labels.numpy()
+def draw_many(sampler, num, machine, path):
+    """Writes the .npz of `num` images, each class equally often: arr_0 uint8 (num, H, W, 3), arr_1 labels."""
+    size, labels = sampler.tokenizer.cfg.image_size, torch.arange(num) % sampler.ar.cfg.num_classes
+    rows = SharedRows(path, (num, size, size, 3), np.uint8, machine)
+    for part in tqdm(torch.arange(machine.rank, num, machine.world).split(sampler.batch_size), desc="samples", unit="batch",
+                     disable=machine.rank > 0):
+        rows.array[part.numpy()] = sampler.pixels(sampler.codes(labels[part], part)).numpy()
+    rows.pack("arr_0", arr_1=labels.numpy())
 
 
 def parse_args():
@@ -170,8 +163,9 @@ def parse_args():
     flag("--columns", type=int, default=10, help="images per row of a grid")
     flag("--cfg_visual", type=float,
          help="guidance of the visual tokens: 1 = off, s * cond + (1 - s) * uncond; below 1 it pulls towards unconditional")
-    flag("--cfg_prologue", type=float, help="constant guidance of the prologue tokens, in the same sense")
+    flag("--cfg_prologue", type=float, help="guidance of the prologue tokens, in the same sense")
     flag("--cfg_schedule", default="cosine", choices=SCHEDULES, help="how the visual scale grows from 1 along the sequence")
+    flag("--cfg_schedule_prologue", default="constant", choices=SCHEDULES, help="the same for the prologue scale")
     flag("--cfg_power", type=float, help="power of the progress in the schedule; smaller grows earlier")
     flag("--temperature", type=float, help="of the visual tokens")
     flag("--temperature_prologue", type=float, help="of the prologue tokens")
@@ -192,6 +186,10 @@ def main():
     tokenizer = Tokenizer.load(paths[0]).to(machine.device)
     ar = AR.load(paths[1], tokenizer).to(machine.device)
     check_pair(tokenizer, ar, names=paths)
+    if ar.cfg.num_classes == 0:
+        raise InputError(f"{paths[1]} is the joint AR of stage 1, which knows no classes; an ar.safetensors is needed")
+    if machine.compile:
+        tokenizer.decoder.transformer.compile()
     if args.export:
         if machine.rank == 0:
             tokenizer.save(Path(args.export) / "tokenizer.safetensors")
@@ -215,13 +213,12 @@ def main():
             save_grid(out / "reconstructions.png", reconstruction_grid(sampler, data, args.columns))
             print(f"{out / 'reconstructions.png'}: originals above their reconstructions")
     if args.num:
-        drawn = draw_many(sampler, args.num, machine)
+        draw_many(sampler, args.num, machine, out / "samples.npz")
         if machine.rank == 0:
-            save_npz(out / "samples.npz", dict(arr_0=drawn[0], arr_1=drawn[1]))
             settings = sampler.settings | {"tokenizer": str(paths[0]), "ar": str(paths[1]), "seed": args.seed, "num": args.num}
             with writing(out / "samples.json") as temporary:
                 temporary.write_text(json.dumps(settings, indent=1) + "\n")
-            print(f"{out / 'samples.npz'}: {len(drawn[0])} images")
+            print(f"{out / 'samples.npz'}: {args.num} images")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the two quantisers, the Tokenizer with its four layouts, and how it is saved and
 
 Letters: B images, N visual tokens, K prologue tokens, D width, d head width, V visual and P prologue codebook size.
 """
-import contextlib
 import functools
 import hashlib
 import math
@@ -20,24 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, open_safetensors, read_checkpoint, save_checkpoint
+from common import InputError, exact_fp32, open_safetensors, read_checkpoint, save_checkpoint
 
 try:
     from flash_attn import flash_attn_func
 except Exception:  # not only a missing package: a build for another torch fails with "undefined symbol"
     flash_attn_func = None
-
-
-@contextlib.contextmanager
-def exact_fp32(device_type):
-    """Products in true fp32: no autocast, no TF32. A TF32 code search picks another code for 0.15% of the tokens."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def unit_norm(x):

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ar import AR, SIZES, ARConfig, check_pair
-from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
-                    save_state, share, step_generator, to_uint8, visited)
+from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid, save_state,
+                    share, step_generator, to_uint8, training_flags, visited)
+from fid import map_npz
 from tokenizer import Tokenizer, TokenizerConfig
 
 # Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
@@ -49,12 +49,12 @@ class Tokens:
     def __init__(self, path):
         if not Path(path).is_file():
             raise InputError(f"{path} does not exist; make it with pretokenize.py, or name another with --codes")
-        try:
-            file = np.load(path)
-            self.codes, self.labels, config = file["codes"], file["labels"], json.loads(str(file["config"]))
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} is not a token file of pretokenize.py: {error}") from None
-        self.classes, self.fingerprint = config["classes"], config["fingerprint"]
+        try:  # the codes are mapped from the file, so the processes of a node share one copy
+            self.codes, self.labels, config = (map_npz(path, name) for name in ("codes", "labels", "config"))
+            config = json.loads(str(config))
+            self.classes, self.fingerprint = config["classes"], config["fingerprint"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is not a token file of pretokenize.py, or not a whole one: {error}") from None
         self.cfg = TokenizerConfig(**config["tokenizer"])
         if self.codes.shape[2] != self.cfg.num_prologue + self.cfg.num_visual:
             raise InputError(f"{path} holds {self.codes.shape[2]} codes per image, its own config says "
@@ -63,7 +63,7 @@ class Tokens:
     def batch(self, images, crops, device):
         """codes (B, K+N) and labels (B,) of the given image numbers and crop numbers."""
         return (torch.from_numpy(self.codes[images, crops].astype(np.int64)).to(device),
-                torch.from_numpy(self.labels[images]).to(device))
+                torch.from_numpy(np.array(self.labels[images])).to(device))
 
 
 @torch.no_grad()
@@ -76,9 +76,7 @@ def evaluate(ar, tokens, machine, count):
         with machine.autocast():
             nats = ar.cross_entropy(codes, labels, reduction="none")  # (B, L)
         sums += torch.stack([nats[:, :k].sum(), nats[:, k:k + (k > 0)].sum(), nats[:, k + (k > 0):].sum()])
-    if machine.world > 1:
-        dist.all_reduce(sums)
-    prologue, eos, visual = (sums / count).tolist()
+    prologue, eos, visual = (machine.sum(sums) / count).tolist()
     return {"val_nats": prologue + eos + visual, "val_nats_prologue": prologue, "val_nats_visual": visual}
 
 
@@ -118,24 +116,13 @@ def parse_args():
     flag("--val_codes", help="held-out token file; by default the --codes name with _val, if there is one")
     flag("--tokenizer", help="tokenizer file or released directory, to draw samples; by default tokenizer.safetensors in --out")
     flag("--init", metavar="AR", help="AR file or released directory whose weights to start from (fine-tuning)")
-    flag("--steps", type=int, default=recipe["steps"])
-    flag("--micro_batch_size", type=int, help="images per forward and rank; by default all of the rank's share")
-    flag("--lr", type=float, default=recipe["lr"])
-    flag("--min_lr", type=float, default=recipe["min_lr"])
-    flag("--warmup", type=int, default=recipe["warmup"], help="steps of linear warmup")
-    flag("--hold", type=int, default=recipe["hold"], help="steps at --lr before the linear decay to --min_lr")
     flag("--beta2", type=float, default=0.96, help="of AdamW; beta1 is 0.9")
     flag("--weight_decay", type=float, default=0.03, help="on matrices only")
     flag("--dropout", type=float, default=0.1, help="on embedding, attention output and MLP output")
     flag("--class_dropout", type=float, default=0.1, help="share of images trained without their class")
-    flag("--grad_clip", type=float, default=1.0, help="largest gradient norm")
-    flag("--log_every", type=int, default=recipe["log_every"])
-    flag("--eval_every", type=int, default=recipe["eval_every"], help="steps between held-out losses and sample pictures")
-    flag("--eval_images", type=int, default=2000, help="held-out images per evaluation")
-    flag("--save_every", type=int, default=recipe["save_every"])
-    flag("--resume", action="store_true", help="go on from train_ar.pt in --out, if it is there")
-    flag("--wandb", action="store_true", help="also log to Weights & Biases")
-    common_flags(parser, batch_size=recipe["batch_size"])
+    flag("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 = off")
+    flag("--eval_images", type=positive, default=2000, help="held-out images per evaluation")
+    training_flags(parser, recipe)
     return parser.parse_args()
 
 
@@ -157,7 +144,8 @@ def main():
 
     ar = build(args, tokenizer, tokens).to(machine.device)
     optimizer = torch.optim.AdamW(param_groups([(ar, (0.9, args.beta2), args.weight_decay)]), lr=args.lr, fused=True)
-    settings = asdict(ar.cfg) | {"batch_size": args.batch_size, "seed": args.seed}
+    settings = asdict(ar.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "images": len(tokens.codes),
+                                    "beta2": args.beta2, "weight_decay": args.weight_decay}
     state = load_state(out / "train_ar.pt", args.resume, settings)
     start = state["step"] if state else 0
     if state:
@@ -198,7 +186,7 @@ def main():
                     part = model(codes, labels) * micro / per_rank
                 part.backward()
             loss = loss + part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or float("inf"))
         if referee.step_counts({"cross-entropy": loss, "gradient norm": norm}):
             optimizer.step()
         progress.images += args.batch_size

@@ -5,7 +5,7 @@
     python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post   # a prologue for a frozen tokenizer
     torchrun --nproc_per_node 8 train_stage1.py --size B --data imagenet.zip/ILSVRC/Data/CLS-LOC/train --compile
 
-    loss = L1 + perceptual + 0.1 * GAN_G + vq + lambda * CE      (paper equation 2; lambda reaches the encoder only)
+    loss = L1 + perceptual + gan_weight * GAN_G + vq + lambda * CE      (paper equation 2; lambda reaches the encoder only)
 
 One forward and one backward of encoder, decoder and AR per step, then one of the discriminator. In --out it leaves
 tokenizer.safetensors (EMA weights), joint_ar.safetensors, train_stage1.jsonl, train_stage1.png, and train_stage1.pt for
@@ -18,13 +18,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 import ar as ar_model
-from common import (InputError, Machine, Progress, Referee, common_flags, load_state, lr_at, param_groups, run, save_grid,
-                    save_state, share, step_generator, to_float, to_uint8, update_ema, visited)
+from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid, save_state,
+                    share, step_generator, to_float, to_uint8, training_flags, update_ema, visited)
 from pretokenize import EMBEDDED, Images, default_val
 from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig
 
@@ -40,19 +39,6 @@ RECIPES = {
 }
 
 
-class ScaleGradient(torch.autograd.Function):
-    """Identity whose gradient is multiplied by `scale`."""
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.scale, None
-
-
 class Stage1(nn.Module):
     """Tokenizer and joint AR in one forward. lambda multiplies the gradient that CE sends into the one-hot prologue and
     nothing else: the encoder is trained on lambda * CE and the AR on CE, as two separate updates would."""
@@ -65,9 +51,10 @@ class Stage1(nn.Module):
         """images (B, 3, H, W), drop (B,) bool -> reconstruction, codes (B, K+N), VQ loss, CE"""
         reconstruction, codes, onehot, vq_loss = self.tokenizer(images)
         if self.ar is None:
-            return reconstruction, codes, vq_loss, vq_loss.new_zeros(())
+            return reconstruction, codes, vq_loss, None
         labels = codes.new_full((len(codes),), self.ar.cfg.num_classes)  # always unconditional
-        ce = self.ar.cross_entropy(codes, labels, onehot=ScaleGradient.apply(onehot, self.ce_weight), drop=drop)
+        onehot = onehot + (self.ce_weight - 1) * (onehot - onehot.detach())  # the same values, the gradient times lambda
+        ce = self.ar.cross_entropy(codes, labels, onehot=onehot, drop=drop)
         return reconstruction, codes, vq_loss, ce
 
 
@@ -180,53 +167,44 @@ class Perceptual(nn.Module):
 
 def code_usage(counts):
     """Codes in use and perplexity of a histogram of codes."""
-    p = counts.double() / counts.sum().clamp_min(1)
+    p = counts.double() / counts.sum().clamp_min(1)  # on the CPU: MPS has no float64
     return int((counts > 0).sum()), float((-(p * p.clamp_min(1e-30).log()).sum()).exp())
 
 
 def histograms(codes, cfg):
     """Histograms (P,) and (V,) of codes (B, K+N)."""
-    return (torch.bincount(codes[:, :cfg.num_prologue].flatten(), minlength=cfg.prologue_codebook_size),
-            torch.bincount(codes[:, cfg.num_prologue:].flatten(), minlength=cfg.codebook_size))
+    return [torch.bincount(codes[:, :cfg.num_prologue].flatten(), minlength=cfg.prologue_codebook_size),
+            torch.bincount(codes[:, cfg.num_prologue:].flatten(), minlength=cfg.codebook_size)]
 
 
 @torch.no_grad()
 def evaluate(tokenizer, ar, images, machine, args):
     """Measures over --eval_images held-out images, shared among the ranks, and 16 originals with their reconstructions."""
-    cfg, count = tokenizer.cfg, min(args.eval_images, len(images))
+    cfg, count, k = tokenizer.cfg, min(args.eval_images, len(images)), tokenizer.cfg.num_prologue
     keys = [(i, i * len(images) // count) for i in range(machine.rank, count, machine.world)]  # spread over the classes
-    sums = torch.zeros(5, dtype=torch.float64)  # PSNR, L1, nats of prologue, EOS, visual
-    used = [torch.zeros(cfg.prologue_codebook_size, dtype=torch.int64), torch.zeros(cfg.codebook_size, dtype=torch.int64)]
-    pictures = []
+    sums = torch.zeros(5)  # PSNR, L1, nats of prologue, EOS, visual
+    used = histograms(torch.zeros(0, k + cfg.num_visual, dtype=torch.int64), cfg)
+    pictures = [torch.zeros(0, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)] * 2
     for batch, _ in images.batches([keys[i:i + 64] for i in range(0, len(keys), 64)], 0):
         x = to_float(batch[:, 0].to(machine.device))
         with machine.autocast():
             codes = tokenizer.encode(x)
             y = tokenizer.decode(codes)
+            labels = codes.new_full((len(codes),), ar.cfg.num_classes) if ar else None
+            nats = ar.cross_entropy(codes, labels, reduction="none").cpu() if ar else torch.zeros(1, 1)
         a, b = to_uint8(x), to_uint8(y)
-        pictures.append((a[::16], b[::16]))
-        mse = (a.double() - b.double()).square().mean((1, 2, 3)).clamp_min(1e-10)
-        sums[0] += (10 * (255**2 / mse).log10()).sum()
-        sums[1] += (x - y).abs().mean((1, 2, 3)).sum().item()
-        if ar is not None:
-            with machine.autocast():
-                nats = ar.cross_entropy(codes, codes.new_full((len(codes),), ar.cfg.num_classes), reduction="none").double()
-            k = cfg.num_prologue
-            sums[2:] += torch.stack([nats[:, :k].sum(), nats[:, k].sum(), nats[:, k + 1:].sum()]).cpu()
-        for total, part in zip(used, histograms(codes.cpu(), cfg)):
-            total += part
-    if machine.world > 1:
-        for tensor in (sums, *used):
-            moved = tensor.to(machine.device)
-            dist.all_reduce(moved)
-            tensor.copy_(moved)
-    psnr, l1, *nats = (sums / count).tolist()
+        pictures = [torch.cat([old, new[::16]])[:16] for old, new in zip(pictures, (a, b))]
+        mse = (a.float() - b.float()).square().mean((1, 2, 3)).clamp_min(1e-10)
+        sums += torch.stack([(10 * (255**2 / mse).log10()).sum(), (x - y).abs().mean((1, 2, 3)).sum().cpu(),
+                             nats[:, :k].sum(), nats[:, k:k + 1].sum(), nats[:, k + 1:].sum()])
+        used = [total + part for total, part in zip(used, histograms(codes.cpu(), cfg))]
+    psnr, l1, *nats = (machine.sum(sums) / count).tolist()
     values = {"val_psnr": psnr, "val_l1": l1}
-    if ar is not None:
+    if ar:
         values |= dict(zip(("val_nats_prologue", "val_nats_eos", "val_nats_visual"), nats))
-        values["val_usage_prologue"], values["val_perplexity_prologue"] = code_usage(used[0])
-    values["val_usage_visual"], values["val_perplexity_visual"] = code_usage(used[1])
-    return values, [torch.cat(p)[:16] for p in zip(*pictures)]
+        values["val_usage_prologue"], values["val_perplexity_prologue"] = code_usage(machine.sum(used[0]))
+    values["val_usage_visual"], values["val_perplexity_visual"] = code_usage(machine.sum(used[1]))
+    return values, pictures
 
 
 def parse_args():
@@ -240,42 +218,32 @@ def parse_args():
     flag = parser.add_argument
     flag("--data", default=str(EMBEDDED / "train"), help="training images: a folder, or a path into a zip, of class folders")
     flag("--val_data", help="held-out images; by default the folder val beside a --data named train, else --data")
-    flag("--layout", default="prologue", choices=LAYOUTS)
+    flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
     flag("--init", metavar="TOKENIZER", help="layout post: the trained 2d tokenizer to freeze")
-    flag("--image_size", type=int, default=cfg.image_size)
-    flag("--patch_size", type=int, default=cfg.patch_size)
+    flag("--image_size", type=positive, default=cfg.image_size, help="side in pixels")
+    flag("--patch_size", type=positive, default=cfg.patch_size, help="side in pixels; each patch is a visual token")
     flag("--codebook_size", type=int, default=cfg.codebook_size, help="visual codes V")
     flag("--code_dim", type=int, default=cfg.code_dim, help="dimensions of a code")
     flag("--num_prologue", type=int, default=cfg.num_prologue, help="prologue tokens K")
     flag("--prologue_codebook_size", type=int, default=cfg.prologue_codebook_size, help="prologue codes P")
     flag("--tau", type=float, default=cfg.tau, help="temperature of Prob-STE")
     flag("--ar_size", default=recipe["ar_size"], choices=ar_model.SIZES, help="size of the joint AR")
-    flag("--steps", type=int, default=recipe["steps"])
-    flag("--micro_batch_size", type=int, help="images per forward and rank; by default all of the rank's share")
-    flag("--lr", type=float, default=recipe["lr"])
-    flag("--min_lr", type=float, default=recipe["min_lr"])
-    flag("--warmup", type=int, default=recipe["warmup"], help="steps of linear warmup")
-    flag("--hold", type=int, default=recipe["hold"], help="steps at --lr before the linear decay to --min_lr")
     flag("--ema_half_life", type=float, default=1000, help="steps; at most a tenth of the steps so far")
     flag("--ce_weight", type=float, default=3.0, help="lambda: what the encoder's CE gradient is multiplied by")
     flag("--visual_dropout", type=float, default=0.5, help="share of images whose visual tokens the AR does not see")
-    flag("--perceptual", default=recipe["perceptual"], choices=["none", "vgg", "convnext", "both"])
+    flag("--perceptual", default=recipe["perceptual"], choices=["none", "vgg", "convnext", "both"],
+         help="both is vgg + 0.1 convnext")
     flag("--vgg_weights", help="torchvision's VGG16 file, instead of downloading it")
     flag("--convnext_weights", help="torchvision's ConvNeXt-Small file, instead of downloading it")
     flag("--gan_weight", type=float, default=recipe["gan_weight"], help="0 trains without a discriminator")
     flag("--gan_channels", type=int, default=recipe["gan_channels"], help="discriminator width")
-    flag("--lecam_weight", type=float, default=0.001)
-    flag("--r1_weight", type=float, default=0.01)
-    flag("--r1_every", type=int, default=25, help="steps between R1 penalties")
-    flag("--crop", default=recipe["crop"], choices=["none", "center", "random"])
+    flag("--lecam_weight", type=float, default=0.001, help="LeCam term of the discriminator")
+    flag("--r1_weight", type=float, default=0.01, help="R1 penalty of the discriminator")
+    flag("--r1_every", type=positive, default=25, help="steps between R1 penalties")
+    flag("--crop", default=recipe["crop"], choices=["none", "center", "random"], help="random is ADM's")
     flag("--flip", action=argparse.BooleanOptionalAction, default=recipe["crop"] == "random", help="mirror half of the images")
-    flag("--log_every", type=int, default=recipe["log_every"])
-    flag("--eval_every", type=int, default=recipe["eval_every"])
-    flag("--eval_images", type=int, default=1000, help="held-out images per evaluation")
-    flag("--save_every", type=int, default=recipe["save_every"])
-    flag("--resume", action="store_true", help="go on from train_stage1.pt in --out, if it is there")
-    flag("--wandb", action="store_true", help="also log to Weights & Biases")
-    common_flags(parser, batch_size=recipe["batch_size"])
+    flag("--eval_images", type=positive, default=1000, help="held-out images per evaluation")
+    training_flags(parser, recipe)
     args = parser.parse_args()
     keys = ("layout", "image_size", "patch_size", "codebook_size", "code_dim", "num_prologue", "prologue_codebook_size", "tau")
     if (args.layout == "post") != bool(args.init):
@@ -323,11 +291,15 @@ def main():
     if args.gan_weight and micro < 2:
         raise InputError("the discriminator's BatchNorm needs at least 2 images per forward: raise --batch_size or "
                          "--micro_batch_size, or train without it by --gan_weight 0")
+    if args.gan_weight and args.image_size < 24:
+        raise InputError(f"--image_size {args.image_size}: the discriminator needs at least 24 pixels; use --gan_weight 0")
 
     # Data, models, optimizers.
     tokenizer, ar = build(args, machine)
     size, val_data = tokenizer.cfg.image_size, args.val_data or default_val(args.data) or args.data
-    images = Images(args.data, size, args.crop, args.flip, args.seed)
+    images = Images(args.data, size, args.crop, args.flip, args.seed, train=True)
+    if val_data == args.data:
+        machine.print(f"there is no held-out data (--val_data): measures are taken on {args.data} itself")
     val = Images(val_data, size, "none" if args.crop == "none" else "center")
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     gan = Discriminator(args.gan_channels).to(machine.device) if args.gan_weight else None
@@ -340,7 +312,8 @@ def main():
 
     # Resume.
     modules = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
-    settings = asdict(tokenizer.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size}
+    settings = asdict(tokenizer.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size,
+                                           "images": len(images)}
     state = load_state(out / "train_stage1.pt", args.resume, settings)
     start = state["step"] if state else 0
     if state:
@@ -354,7 +327,8 @@ def main():
     if machine.compile:  # in place, so that the names of the weights stay as they are
         for part in [tokenizer.encoder.transformer, tokenizer.decoder.transformer] + ([ar.transformer] if ar else []):
             part.compile()
-    model, discriminator = machine.wrap(Stage1(tokenizer, ar, args.ce_weight)), gan and machine.wrap(gan)
+    stage1 = Stage1(tokenizer, ar, args.ce_weight)
+    model, discriminator = machine.wrap(stage1), gan and machine.wrap(gan)
 
     def visits():
         """For each forward of this rank, its list of (visit, index); `visit` counts images over the whole run."""
@@ -376,7 +350,6 @@ def main():
     loader = iter(images.batches(visits(), args.num_workers))
     used = None
     for step in range(start, args.steps):
-        torch.manual_seed(args.seed * 1_000_003 + step * machine.world + machine.rank)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
@@ -390,7 +363,7 @@ def main():
             with machine.unsynced(model, more), machine.unsynced(discriminator, more and gan):
                 with machine.autocast():
                     y, codes, vq, ce = model(x, drop[i:i + micro].to(machine.device))
-                    part = {"ce": ce}
+                    part = {} if ce is None else {"ce": ce}
                     if y is not None:
                         part |= {"l1": F.l1_loss(y, x), "perceptual": perceptual(y, x), "vq": vq}
                     if gan:
@@ -405,14 +378,13 @@ def main():
                     (part["discriminator"] * micro / per_rank).backward()
                     logits += mean * micro / per_rank
             terms = {name: terms.get(name, 0) + value.detach() * micro / per_rank for name, value in part.items()}
-            counted = histograms(codes.detach(), tokenizer.cfg)
+            counted = histograms(codes.cpu(), tokenizer.cfg)
             used = [a + b for a, b in zip(used, counted)] if used else counted
+        terms["gradient"] = torch.nn.utils.get_total_norm(p.grad for p in stage1.parameters() if p.grad is not None)
         if referee.step_counts(terms):
             for optimizer in optimizers:
                 optimizer.step()
-            if machine.world > 1:
-                dist.all_reduce(logits)
-            averages.lerp_(logits / machine.world, 1 - 0.999)
+            averages.lerp_(machine.sum(logits).to(averages) / machine.world, 1 - 0.999)
             update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * (step + 1)))
         progress.images += args.batch_size
 
@@ -424,7 +396,7 @@ def main():
                 values["logits_real"], values["logits_fake"] = logits.tolist()
             for name, counts in zip(("prologue", "visual"), used):
                 if len(counts):
-                    values[f"usage_{name}"], values[f"perplexity_{name}"] = code_usage(counts)
+                    values[f"usage_{name}"], values[f"perplexity_{name}"] = code_usage(machine.sum(counts))
             used = None
             progress.line(done, values)
         with progress.paused():

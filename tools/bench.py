@@ -110,9 +110,8 @@ def bench_stage1(args, batch_size):
             tokenizer, gan = Tokenizer(cfg), train_stage1.Discriminator(recipe["gan_channels"])
             ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(cfg, num_classes=0, **ar_model.SIZES[recipe["ar_size"]])) \
                 if cfg.num_prologue else None
-            tokenizer.encoder.angles, tokenizer.decoder.angles = tokenizer.encoder.angles.to("meta"), tokenizer.decoder.angles.to("meta")
-            if ar:
-                ar.angles = ar.angles.to("meta")
+            for part in [tokenizer.encoder, tokenizer.decoder] + ([ar] if ar else []):
+                part.angles = part.angles.to("meta")
             images = torch.empty(batch_size, 3, cfg.image_size, cfg.image_size)
             y, _, vq, ce = train_stage1.Stage1(tokenizer, ar, 3.0)(images, torch.empty(batch_size, dtype=torch.bool))
             (y.mean() + vq + ce + gan.net(y).mean()).backward()
@@ -176,7 +175,8 @@ def bench_fid(args, batch_size):
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.save(theirs.state_dict(), file.name)
         ours = fid.Inception(file.name).to(args.device)
-    theirs, images = theirs.to(args.device), torch.randint(0, 256, (batch_size, 256, 256, 3), dtype=torch.uint8, device=args.device)
+    theirs = theirs.to(args.device)
+    images = torch.randint(0, 256, (batch_size, 256, 256, 3), dtype=torch.uint8, device=args.device)
     with torch.no_grad():
         seconds = best(lambda: ours(images), args.repeat)
         other = best(lambda: theirs(images.permute(0, 3, 1, 2)), args.repeat)
@@ -215,8 +215,8 @@ def main():
         flags += ["--image_size", args.image_size] if args.image_size else []
         for job in args.jobs:
             for batch_size in args.batch_size:
-                subprocess.run([sys.executable, __file__, job, "--batch_size", str(batch_size), "--here", *map(str, flags), *rest],
-                               check=True)
+                subprocess.run([sys.executable, __file__, job, "--batch_size", str(batch_size), "--here", *rest,
+                                *map(str, flags)], check=True)
         return
     job, batch_size = args.jobs[0], args.batch_size[0]
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
@@ -224,7 +224,8 @@ def main():
     result = JOBS[job](args, batch_size)
     floor = max(result["flops"] / rate, result.get("bytes", 0) / read)
     line = {"name": f"{job} {args.size} batch {batch_size}", "seconds": result["seconds"], "floor_seconds": floor,
-            "ratio": result["seconds"] / floor, "peak_gb": result["peak_gb"], "images_per_s": result["images"] / result["seconds"]}
+            "ratio": result["seconds"] / floor, "peak_gb": result["peak_gb"],
+            "images_per_s": result["images"] / result["seconds"]}
     if args.json:
         print(json.dumps(line))
     else:

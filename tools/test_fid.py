@@ -219,7 +219,7 @@ def test_bad_input_gets_one_sentence(run, weights, tmp_path):
             ((tmp_path / "cut.npz", good), "cut.npz is not a whole .npz file"),
             ((tmp_path / "mixed", good, *inception), "1.png in"),
             ((good, tmp_path / "stats.npz", *inception), "stores statistics of 5 features"),
-            ((good, tmp_path / "small.npz", "--paired", *inception), "cannot be compared with originals"),
+            ((good, tmp_path / "small.npz", "--paired", *inception), "both must be the same"),
             ((good, good, "--features", "fashion"), "is for 28 x 28 images"),
             ((good, good, "--inception", tmp_path / "code.pth"), "weights-inception-2015-12-05-6726825d.pth as --inception"),
             ((good, good, "--inception", tmp_path / "none.pth"), "none.pth cannot be loaded")):
