@@ -200,10 +200,10 @@ class Machine:
     def can_compile(self):
         """torch.compile needs Triton on CUDA (there is none on Windows), a C++ compiler on the CPU, and is not for MPS."""
         from torch.utils._triton import has_triton
-        works = {"cuda": has_triton, "cpu": lambda: shutil.which(os.environ.get("CXX", "g++"))}.get(self.device.type)
-        if not (works and works()):
+        works = {"cuda": has_triton(), "cpu": shutil.which(os.environ.get("CXX", "g++"))}.get(self.device.type)
+        if not works:
             self.print("--compile: neither Triton nor a C++ compiler for this device, running uncompiled")
-        return bool(works and works())
+        return bool(works)
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)

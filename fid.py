@@ -7,8 +7,8 @@
 
 A side is an .npz (images in arr_0, stored statistics mu, sigma, mu_s, sigma_s, or both: then the statistics count for FID and
 the images for precision and recall), a folder, a zip or a path into a zip. Features are those of the Inception network of
-2015-12-05, or, for 28 x 28 images, of a small Fashion-MNIST classifier. All but --tokenizer and the
-classifier stands alone: copy this file wherever you need it.
+2015-12-05, or, for 28 x 28 images, of a small Fashion-MNIST classifier. All but --tokenizer and the classifier
+stands alone: copy this file wherever you need it.
 """
 import argparse
 import hashlib
@@ -83,9 +83,8 @@ def map_npz(path, name):
             if entry.compress_type != zipfile.ZIP_STORED:
                 return np.load(path)[name]
             with archive.open(entry) as member:  # the array starts where the .npy header ends
-                version = np.lib.format.read_magic(member)
-                read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read_header(member)
+                np.lib.format.read_magic(member)
+                shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
                 header = member.tell()
         with open(path, "rb") as f:
             f.seek(entry.header_offset + 26)  # lengths of the name and of the extra field in the local zip header
@@ -117,10 +116,9 @@ class ImageSource:
             return
         if self.archive:
             inside = path.relative_to(self.archive).as_posix()
-            try:
-                self.zip = zipfile.ZipFile(self.archive)
-            except zipfile.BadZipFile:
-                raise BadInput(f"{self.archive} is not a whole zip file") from None
+            if not zipfile.is_zipfile(self.archive):
+                raise BadInput(f"{self.archive} is not a whole zip file")
+            self.zip = zipfile.ZipFile(self.archive)
             names = [n for n in self.zip.namelist() if inside == "." or n.startswith(inside + "/")]
         elif path.is_dir():
             names = [str(p) for p in path.rglob("*")]
@@ -160,6 +158,12 @@ class ImageSource:
         return np.stack(images)
 
 
+def sum_ranks(*tensors):
+    """Each tensor becomes its sum over the ranks."""
+    for tensor in tensors if WORLD > 1 else ():
+        dist.all_reduce(tensor)
+
+
 class Moments:
     """Mean and covariance of feature rows that come in batches, summed in float64."""
 
@@ -173,8 +177,7 @@ class Moments:
     def result(self):
         """mu (d,), sigma (d, d) with n - 1 as float64 arrays, over all ranks."""
         count = torch.tensor(float(self.count), dtype=torch.float64)
-        for tensor in (count, self.sum, self.outer) if WORLD > 1 else ():
-            dist.all_reduce(tensor)
+        sum_ranks(count, self.sum, self.outer)
         mu = self.sum / count
         sigma = (self.outer - count * torch.outer(mu, mu)) / (count - 1)
         if not (mu.isfinite().all() and sigma.isfinite().all()):
@@ -199,8 +202,7 @@ class ScoreSums:
 
     def result(self):
         """Mean over the splits of exp(mean KL(p(y|x) || p(y)))."""
-        for tensor in (self.p, self.p_log_p, self.count) if WORLD > 1 else ():
-            dist.all_reduce(tensor)
+        sum_ranks(self.p, self.p_log_p, self.count)
         marginal = self.p / self.count[:, None]
         kl = self.p_log_p / self.count - torch.special.xlogy(marginal, marginal).sum(1)
         return kl.exp().mean().item()
@@ -306,9 +308,9 @@ def reference_features(path, network, device, batch_size, cache, size):
         return stored
     file = cache_file(path, network) if cache else None
     if file and file.exists():
-        saved = np.load(file)
-        result = {name: (saved[f"{name}_mu"], saved[f"{name}_sigma"]) for name in ("pool", "spatial") if f"{name}_mu" in saved}
-        return result | {"features": saved["features"]} | stored
+        saved = np.load(file)  # a row of means above the covariance
+        return {name: (saved[name][0], saved[name][1:]) for name in ("pool", "spatial") if name in saved} | {
+            "features": saved["features"]} | stored
     source = ImageSource(path)
     if source.size[0] != size:
         raise BadInput(f"{path} holds images of {source.size[0]} pixels, the samples have {size}: bring both to one size first")
@@ -316,14 +318,12 @@ def reference_features(path, network, device, batch_size, cache, size):
     if file and RANK == 0 and not os.access(file.parent, os.W_OK):
         note(f"--cache: {file.parent} cannot be written to, nothing is kept")
     elif file and RANK == 0:
-        arrays = {f"{name}_{part}": array for name in ("pool", "spatial") if name in result
-                  for part, array in zip(("mu", "sigma"), result[name])}
-        temporary = file.with_suffix(".tmp")
-        with open(temporary, "wb") as f:
-            np.savez(f, features=result["features"], **arrays)
+        with open(file.with_suffix(".tmp"), "wb") as f:
+            statistics = {name: np.vstack(result[name]) for name in ("pool", "spatial") if name in result}
+            np.savez(f, features=result["features"], **statistics)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, file)
+        os.replace(f.name, file)
     return result | stored
 
 
@@ -365,8 +365,7 @@ class Paired:
 
     def result(self):
         """{name: mean over all images of all ranks}"""
-        if WORLD > 1:
-            dist.all_reduce(self.sums)
+        sum_ranks(self.sums)
         return dict(zip(self.measures, (self.sums / len(self)).tolist()))
 
 

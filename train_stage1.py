@@ -33,10 +33,8 @@ RECIPES = {
                  gan_weight=0.02, gan_channels=16, crop="center", log_every=50, eval_every=500, save_every=500),
     "B": dict(steps=750_000, batch_size=256, lr=1e-4, min_lr=3e-5, warmup=20_000, hold=100_000, ar_size="S", perceptual="vgg",
               gan_weight=0.1, gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
-    "L": dict(steps=1_000_000, batch_size=256, lr=1e-4, min_lr=1e-5, warmup=20_000, hold=100_000, ar_size="S",
-              perceptual="convnext", gan_weight=0.1, gan_channels=64, crop="random", log_every=100, eval_every=5000,
-              save_every=5000),
 }
+RECIPES["L"] = RECIPES["B"] | dict(steps=1_000_000, min_lr=1e-5, perceptual="convnext")
 
 
 class Stage1(nn.Module):
@@ -152,17 +150,12 @@ class Perceptual(nn.Module):
 
     def __init__(self, kind, vgg_weights, convnext_weights):
         super().__init__()
-        self.vgg = LPIPS(vgg_weights) if kind in ("vgg", "both") else None
-        self.convnext = ConvNextLoss(convnext_weights) if kind in ("convnext", "both") else None
+        self.nets = nn.ModuleList([LPIPS(vgg_weights)] if kind in ("vgg", "both") else [])
+        self.nets += [ConvNextLoss(convnext_weights)] if kind in ("convnext", "both") else []
         self.eval().requires_grad_(False)
 
     def forward(self, images, target):
-        loss = images.new_zeros(())
-        if self.vgg is not None:
-            loss = loss + self.vgg(images, target)
-        if self.convnext is not None:
-            loss = loss + (0.1 if self.vgg is not None else 1.0) * self.convnext(images, target)
-        return loss
+        return sum((weight * net(images, target) for weight, net in zip((1.0, 0.1), self.nets)), images.new_zeros(()))
 
 
 def code_usage(counts):

@@ -1,0 +1,131 @@
+"""Tests of single parts: losses, sampling from logits, attention, pixels and crops.
+
+    python -m pytest tools/test_parts.py
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train_stage1
+from ar import sample_codes
+from common import to_float, to_uint8
+from pretokenize import Images, center_crop
+from test_all import gradients, models
+from tokenizer import attention, nearest_code, unit_norm
+from train_stage1 import Discriminator, Perceptual, Stage1
+
+
+def test_vq_loss_weighs_commitment_a_quarter():
+    tokenizer, _, _ = models()
+    quantizer, h = tokenizer.visual_quantizer, torch.randn(2, 16, 64)
+    z = quantizer.project(h).detach()
+    q = quantizer.lookup(nearest_code(z, quantizer.codebook)).detach()
+    loss = quantizer(h)[2]
+    proj, codebook = torch.autograd.grad(loss, (quantizer.proj.weight, quantizer.codebook))
+    commitment = torch.autograd.grad(0.25 * (quantizer.project(h) - q).square().mean(), quantizer.proj.weight)[0]
+    picked = quantizer.lookup(nearest_code(z, quantizer.codebook))
+    toward = torch.autograd.grad((picked - z).square().mean(), quantizer.codebook)[0]
+    torch.testing.assert_close(proj, commitment)
+    torch.testing.assert_close(codebook, toward)
+
+
+def test_black_images_have_finite_gradients():
+    tokenizer, ar, images = models()
+    stage1 = Stage1(tokenizer, ar, 3.0)
+    black = torch.full_like(images, -1)
+    y, _, vq, ce = stage1(black, torch.zeros(4, dtype=torch.bool))
+    gan = Discriminator(4)
+    loss = (y - black).abs().mean() + vq + ce + F.softplus(-gan.net(y)).mean()
+    assert all(g.isfinite().all() for g in gradients(loss, stage1).values())
+    x = torch.zeros(3, 4, requires_grad=True)
+    assert torch.autograd.grad(unit_norm(x).sum(), x)[0].isfinite().all()
+
+
+def test_discriminator_r1_is_the_squared_gradient():
+    torch.manual_seed(0)
+    gan, x = Discriminator(4).eval(), torch.randn(2, 3, 32, 32)
+    penalty = gan(x, x, True)[2]
+    x = x.requires_grad_()
+    expected = torch.autograd.grad(gan.net(x).sum(), x)[0].square().sum() / 2
+    torch.testing.assert_close(penalty, expected)
+
+
+def test_sampling_draws_from_the_filtered_distribution():
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]])
+    u = (torch.arange(10000) + 0.5) / 10000
+
+    def frequencies(**filters):
+        return torch.bincount(sample_codes(logits.expand(10000, 4), u, **filters), minlength=4) / 10000
+
+    torch.testing.assert_close(frequencies(temperature=0.5), (logits[0] / 0.5).softmax(0), atol=2e-4, rtol=0)
+    torch.testing.assert_close(frequencies(top_k=2), torch.tensor([0, *logits[0, 1:3].softmax(0), 0]), atol=2e-4, rtol=0)
+    p = logits[0].softmax(0)  # 0.087, 0.644, 0.237, 0.032
+    torch.testing.assert_close(frequencies(top_p=0.9), torch.tensor([p[0], p[1], p[2], 0]) / p[:3].sum(), atol=2e-4, rtol=0)
+    edge = torch.full((4,), 1 - 2**-24)  # the largest uniform number never draws a code of probability 0
+    assert sample_codes(torch.randn(4, 1000).index_fill(1, torch.arange(900, 1000), -torch.inf), edge).max() < 900
+
+
+def test_attention_with_a_mask_equals_softmax():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 4, 8).unbind(0)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+    expected = torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1), v)
+    torch.testing.assert_close(attention(q, k, v, causal=True), expected)
+    torch.testing.assert_close(attention(q[:, 3:], k, v, mask=torch.ones(2, 5, dtype=torch.bool).tril(3)), expected[:, 3:])
+
+
+def test_pixels_round_trip_and_crops():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(to_float(levels)), levels.permute(0, 2, 3, 1))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), np.uint8))
+    halved = image.resize((50, 35), Image.Resampling.BOX).resize((round(50 * 32 / 35), 32), Image.Resampling.BICUBIC)
+    left = (halved.width - 32) // 2
+    assert np.array_equal(center_crop(image, 32), np.asarray(halved)[:, left:left + 32])
+
+
+def test_images_are_read_as_they_come(tmp_path):
+    """16-bit grey, CMYK, palette and a wrong extension; mirrored half of the time in training, classes from Kaggle's table."""
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8)
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    Image.fromarray(pixels).save(tmp_path / "b.jpeg", "png")
+    Image.merge("CMYK", [Image.fromarray(255 - pixels)] * 3 + [Image.new("L", (8, 8))]).save(tmp_path / "c.tif")
+    Image.fromarray(pixels).convert("P").save(tmp_path / "d.png")
+    (tmp_path / "LOC_val_solution.csv").write_text("ImageId,PredictionString\na,n02 1 2 3 4\nb,n01 1 2 3 4\nc,n02 1\nd,n01 1\n")
+    images = Images(tmp_path, 8, "none")
+    assert images.classes == ["n01", "n02"] and images.labels.tolist() == [1, 0, 1, 0]
+    for i in range(4):
+        assert np.array_equal(images[i, i][0][0].permute(1, 2, 0)[..., 0], pixels), images.names[i]
+    train = Images(tmp_path, 8, "center", flip=True, train=True)
+    mirrored = [bool((train[visit, 1][0][0][0].numpy() == pixels[:, ::-1]).all()) for visit in range(50)]
+    assert train[0, 1][0].shape == (1, 3, 8, 8) and 10 < sum(mirrored) < 40
+
+
+def test_perceptual_losses(monkeypatch):
+    """LPIPS equals the lpips package's on random VGG weights, and black images give finite gradients in both losses."""
+    import lpips
+    import torchvision
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        vgg = torchvision.models.vgg16()
+    vgg.features.to_empty(device="cpu")
+    for p in vgg.features.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    monkeypatch.setattr(train_stage1, "load_torchvision", lambda build, *rest: vgg if "vgg" in build.__name__ else build())
+    ours, theirs = Perceptual("both", None, None), lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    layers = iter(vgg.features)
+    for part in (theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5):
+        for layer in part:
+            layer.load_state_dict(next(layers).state_dict())
+    a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    torch.testing.assert_close(ours.nets[0](a, b), theirs(a, b).mean(), rtol=1e-3, atol=1e-6)
+    black = torch.full_like(a, -1).requires_grad_()
+    for image in (black, a.clone().requires_grad_()):
+        gradient, = torch.autograd.grad(ours(image, a), image)
+        assert gradient.isfinite().all()
+    assert not any(p.requires_grad for p in ours.parameters())
