@@ -30,7 +30,6 @@ SIZES = {
     "L": dict(layers=24, dim=1024),
     "XL": dict(layers=32, dim=1280),
 }
-
 SCHEDULES = ("constant", "linear", "cosine")
 
 

@@ -245,9 +245,6 @@ class Machine:
         return module.no_sync() if yes and self.world > 1 else contextlib.nullcontext()
 
 
-# The habits of both training loops: learning rate, data order, EMA, log, state, and whether a step counts.
-
-
 def lr_at(step, args):
     """Linear warmup, a flat part of args.hold steps, then linear decay to args.min_lr at the last step."""
     if step < args.warmup:
@@ -297,8 +294,7 @@ class Progress:
 
     def __init__(self, path, machine, args, step):
         self.path, self.machine, self.args, self.wandb = Path(path), machine, args, None
-        self.clock, self.images = time.perf_counter(), 0
-        self.start = step
+        self.clock, self.images, self.start = time.perf_counter(), 0, step
         if args.wandb and machine.rank == 0:
             try:
                 import wandb
@@ -371,11 +367,6 @@ class Referee:
         if self.in_a_row == 10:
             raise InputError(f"the loss term {first} was not finite for 10 steps in a row; try a lower --lr or --dtype fp32")
         return False
-
-
-def save_state(path, state):
-    with writing(path) as temporary:
-        torch.save(state, temporary)
 
 
 def load_state(path, resume, settings):

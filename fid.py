@@ -5,10 +5,9 @@
     python fid.py --tokenizer out/tokenizer.safetensors --data data/fashion_mnist.zip/val    # rFID and PSNR
     torchrun --nproc_per_node 8 fid.py samples.npz reference.npz # any number of ranks, the same numbers
 
-A side is an .npz (images in arr_0, stored statistics mu, sigma, mu_s, sigma_s, or both: then the statistics count for FID and
-the images for precision and recall), a folder, a zip or a path into a zip. Features are those of the Inception network of
-2015-12-05, or, for 28 x 28 images, of a small Fashion-MNIST classifier. All but --tokenizer and the classifier
-stands alone: copy this file wherever you need it.
+A side is an .npz (images in arr_0, statistics in mu, sigma, mu_s, sigma_s, or both: then the statistics count for FID, the
+images for precision and recall), a folder, a zip or a path into a zip. All but --tokenizer and the small Fashion-MNIST
+classifier stands alone: copy this file wherever you need it.
 """
 import argparse
 import hashlib
@@ -29,8 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 DATA = Path(__file__).parent / "data"
-INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-                 "weights-inception-2015-12-05-6726825d.pth")
+INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -45,9 +43,7 @@ def note(text):
 
 class Inception(nn.Module):
     """torch-fidelity's port of the TensorFlow Inception of 2015-12-05, with its TF1 resize to 299 and (x - 128) / 128.
-
-    forward: uint8 (B, H, W, 3) -> {"pool": (B, 2048), "spatial": (B, 2023), "probabilities": (B, 1008)}
-    """
+    forward: uint8 (B, H, W, 3) -> {"pool": (B, 2048), "spatial": (B, 2023), "probabilities": (B, 1008)}"""
 
     def __init__(self, weights=None):
         super().__init__()
@@ -95,10 +91,8 @@ def map_npz(path, name):
 
 
 class ImageSource:
-    """uint8 images (N, H, W, 3) of an npz's arr_0, a folder, a zip or a path into a zip; source[i:j] reads that part.
-
-    With `crop`, files of any size become ADM's centre crop of that side.
-    """
+    """uint8 images (N, H, W, 3) of an npz's arr_0, a folder, a zip or a path into a zip; source[i:j] reads that part. With
+    `crop`, files of any size become ADM's centre crop of that side."""
 
     def __init__(self, path, crop=None):
         path = self.path = Path(path)
@@ -107,11 +101,9 @@ class ImageSource:
         self.array, self.names = None, None
         if path.suffix == ".npz" and path.is_file():
             self.array = map_npz(path, "arr_0")
-            if self.array is None:
-                raise BadInput(f"{path} holds no images (arr_0)")
-            if self.array.dtype != np.uint8 or self.array.ndim != 4 or self.array.shape[3] != 3:
-                raise BadInput(f"{path}: arr_0 is {self.array.dtype} of shape {self.array.shape}; images as uint8 from 0 to 255 "
-                               "of shape (N, H, W, 3) are needed")
+            kind = "missing" if self.array is None else f"{self.array.dtype} of shape {self.array.shape}"
+            if not (kind.startswith("uint8") and self.array.ndim == 4 and self.array.shape[3] == 3):
+                raise BadInput(f"{path}: arr_0 is {kind}; images as uint8 from 0 to 255 of shape (N, H, W, 3) are needed")
             self.size = self.array.shape[1:]
             return
         if self.archive:
@@ -189,38 +181,28 @@ class ScoreSums:
     """What the Inception Score needs of p(y|x): sums over splits of 5,000 consecutive images."""
 
     def __init__(self, total, classes, split=5000):
-        self.split, splits = split, -(-total // split)
-        self.p, self.p_log_p = torch.zeros(splits, classes, dtype=torch.float64), torch.zeros(splits, dtype=torch.float64)
-        self.count = torch.zeros(splits, dtype=torch.float64)
+        self.split = split
+        self.sums = torch.zeros(-(-total // split), classes + 2, dtype=torch.float64)  # p, p log p over the classes, count
 
     def add(self, p, first):
         """p (B, classes) of the images first, first + 1, ..."""
         p, index = p.cpu().double(), torch.arange(first, first + len(p)) // self.split
-        self.p.index_add_(0, index, p)
-        self.p_log_p.index_add_(0, index, torch.special.xlogy(p, p).sum(1))
-        self.count.index_add_(0, index, torch.ones(len(p), dtype=torch.float64))
+        p_log_p = torch.special.xlogy(p, p).sum(1, keepdim=True)
+        self.sums.index_add_(0, index, torch.cat([p, p_log_p, torch.ones_like(p_log_p)], 1))
 
     def result(self):
         """Mean over the splits of exp(mean KL(p(y|x) || p(y)))."""
-        sum_ranks(self.p, self.p_log_p, self.count)
-        marginal = self.p / self.count[:, None]
-        kl = self.p_log_p / self.count - torch.special.xlogy(marginal, marginal).sum(1)
+        sum_ranks(self.sums)
+        means = self.sums / self.sums[:, -1:]
+        kl = means[:, -2] - torch.special.xlogy(means[:, :-2], means[:, :-2]).sum(1)
         return kl.exp().mean().item()
-
-
-def my_share(total):
-    """This rank's consecutive images as (first, last)."""
-    return RANK * total // WORLD, (RANK + 1) * total // WORLD
 
 
 @torch.no_grad()
 def extract(network, source, device, batch_size, title, keep=None):
-    """One pass over an image source -> {"pool": (mu, sigma), "spatial": ..., "inception_score", "features", "predicted"}.
-
-    `features` are the pooled features (N, d) float32 of the first `keep` images (all if None), `predicted` (N,) the
-    likeliest classes; both only on rank 0.
-    """
-    first, last = my_share(len(source))
+    """One pass over an image source -> {"pool": (mu, sigma), "spatial": ..., "inception_score"}, and on rank 0 "features", the
+    pooled features (N, d) float32 of the first `keep` images (all if None), and "predicted" (N,), the likeliest classes."""
+    first, last = RANK * len(source) // WORLD, (RANK + 1) * len(source) // WORLD  # this rank's consecutive images
     moments, score, features, predicted = {}, None, [], []
     for i in tqdm(range(first, last, batch_size), desc=title, unit="batch", disable=RANK > 0):
         batch = source[i:min(i + batch_size, last)]
@@ -247,10 +229,8 @@ def extract(network, source, device, batch_size, title, keep=None):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
-
-    (S1 S2)^(1/2) has the trace of the root of the symmetric R S2 R, R = S1^(1/2): real eigenvalues, whatever the rank.
-    """
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); the last trace is that of the root of the symmetric R S2 R with
+    R = S1^(1/2), which has real eigenvalues whatever its rank."""
     values, vectors = np.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
@@ -263,11 +243,8 @@ def squared_distances(a, b, b_norms):
 
 
 def precision_recall(samples, reference, device="cpu", k=3, block=1000):
-    """Share of samples within the k-NN manifold of the reference, and the reverse; features (n, d), (m, d) float32.
-
-    A point lies in a manifold if it is no further from one of its points than that point's k-th nearest neighbour. Works
-    through `block` rows at a time.
-    """
+    """Share of samples within the k-NN manifold of the reference, and the reverse; features (n, d), (m, d) float32. A point
+    lies in a manifold if it is no further from one of its points than that point's k-th nearest neighbour."""
     x, y = torch.from_numpy(samples).to(device), torch.from_numpy(reference).to(device)
     norms_x, norms_y = x.square().sum(1), y.square().sum(1)
 
@@ -297,15 +274,23 @@ def cache_file(path, network):
     return base.with_name(f"{base.name}.{sha.hexdigest()[:16]}.fid.npz")
 
 
+def stored_statistics(path):
+    """({"pool": (mu, sigma), "spatial": (mu_s, sigma_s)} as far as an npz stores them, whether it holds nothing else)"""
+    if not (str(path).endswith(".npz") and Path(path).is_file()):
+        return {}, False
+    names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+    pairs = {name: [map_npz(path, key) for key in keys] for name, keys in names.items()}
+    stored = {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
+    return stored, bool(stored) and map_npz(path, "arr_0") is None
+
+
 def reference_features(path, network, device, batch_size, cache, size):
     """Statistics, and features for precision and recall, of a reference; statistics stored in an npz count before images."""
-    stored, result, is_npz = {}, {}, Path(path).suffix == ".npz" and Path(path).is_file()
-    for name, keys in (("pool", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))):
-        if is_npz and map_npz(path, keys[0]) is not None and map_npz(path, keys[1]) is not None:
-            stored[name] = tuple(map_npz(path, key) for key in keys)
-            note(f"{keys[0]} and {keys[1]} stored in {path} count, not those of its images")
-    if stored and map_npz(path, "arr_0") is None:
+    stored, nothing_else = stored_statistics(path)
+    if nothing_else:
         return stored
+    if stored:
+        note(f"the statistics stored in {path} count, not those of its images")
     file = cache_file(path, network) if cache else None
     if file and file.exists():
         saved = np.load(file)  # a row of means above the covariance
@@ -315,9 +300,7 @@ def reference_features(path, network, device, batch_size, cache, size):
     if source.size[0] != size:
         raise BadInput(f"{path} holds images of {source.size[0]} pixels, the samples have {size}: bring both to one size first")
     result = extract(network, source, device, batch_size, f"features of {path}", keep=10000)
-    if file and RANK == 0 and not os.access(file.parent, os.W_OK):
-        note(f"--cache: {file.parent} cannot be written to, nothing is kept")
-    elif file and RANK == 0:
+    if file and RANK == 0:
         with open(file.with_suffix(".tmp"), "wb") as f:
             statistics = {name: np.vstack(result[name]) for name in ("pool", "spatial") if name in result}
             np.savez(f, features=result["features"], **statistics)
@@ -419,6 +402,25 @@ def parse_args():
     return args
 
 
+def distances(samples, against, name):
+    """FID under the given name, and sFID where both sides have its statistics."""
+    result = {}
+    for measure, key in ((name, "pool"), ("sfid", "spatial")):
+        if key in samples and key in against:
+            if samples[key][0].shape != against[key][0].shape:
+                raise BadInput(f"the reference has statistics of {len(against[key][0])} features, the samples have "
+                               f"{len(samples[key][0])}: both must come from the same network (--features)")
+            result[measure] = frechet_distance(*samples[key], *against[key])
+    return result
+
+
+def report(result, args):
+    if args.json and not RANK:
+        print(json.dumps(result))
+    for measure, value in result.items() if not (args.json or RANK) else ():
+        print(f"{measure:18} {value:.4f}" if isinstance(value, float) else f"{measure:18} {value}")
+
+
 def main():
     args = parse_args()
     torch.backends.cudnn.allow_tf32 = False  # the numbers shall not depend on the card
@@ -434,6 +436,11 @@ def main():
             note("a reconstruction scored against other images than its own originals: do not compare it with rFIDs")
     else:
         name = args.samples or f"{args.out}/samples.npz"
+        (stored, only), against = stored_statistics(name), stored_statistics(reference)[0]
+        if only:  # there is nothing to extract: two FIDs are all there can be
+            if stored.keys() - against.keys():
+                raise BadInput(f"{name} holds statistics only, so the reference must hold them too, and {reference} lacks some")
+            return report({"samples": name, "reference": reference} | distances(stored, against, "fid"), args)
         images = ImageSource(name)
         size = images.size[0]
         if images.lossy:
@@ -443,9 +450,7 @@ def main():
             if len(images) != len(originals) or images.size != originals.size:
                 raise BadInput(f"--paired: {name} holds {len(images)} images of {images.size[:2]} and {reference} "
                                f"{len(originals)} of {originals.size[:2]}; both must be the same")
-
-            def make(part, originals):
-                return images[part]
+            make = lambda part, originals: images[part]
     if (args.ssim or args.lpips) and not originals:
         raise BadInput("--ssim and --lpips compare pairs: give --tokenizer or --paired with them")
     kind = ("fashion" if size == 28 else "inception") if args.features == "auto" else args.features
@@ -465,14 +470,8 @@ def main():
     if RANK:
         return
 
-    result = {"samples": name,
-              "reference": str(reference or args.data), "features": kind, "count": len(source)}
-    for measure, key in (("rfid" if originals and not (args.tokenizer and reference) else "fid", "pool"), ("sfid", "spatial")):
-        if key in samples and key in against:
-            if samples[key][0].shape != against[key][0].shape:
-                raise BadInput(f"{reference} stores statistics of {len(against[key][0])} features; those of --features {kind} "
-                               f"are {len(samples[key][0])}")
-            result[measure] = frechet_distance(*samples[key], *against[key])
+    result = {"samples": name, "reference": str(reference or args.data), "features": kind, "count": len(source)}
+    result |= distances(samples, against, "rfid" if originals and not (args.tokenizer and reference) else "fid")
     result["inception_score"] = samples["inception_score"]
     if "features" in against:
         result["precision"], result["recall"] = precision_recall(samples["features"], against["features"], args.device)
@@ -480,11 +479,7 @@ def main():
     labels = map_npz(name, "arr_1") if not args.tokenizer and name.endswith(".npz") else None
     if kind == "fashion" and labels is not None:
         result["class_consistency"] = float((samples["predicted"] == labels).mean())
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for measure, value in result.items():
-            print(f"{measure:18} {value:.4f}" if isinstance(value, float) else f"{measure:18} {value}")
+    report(result, args)
     if len(source) < 10000:
         note("fewer than 10,000 images: these numbers are biased, compare them only at equal counts")
     if len(source) <= len(samples["pool"][0]):

@@ -112,16 +112,12 @@ class Images(torch.utils.data.Dataset):
     def find_csv(self):
         """{file stem: class} of the LOC_val_solution.csv in a folder above the images, or None."""
         for folder in (Path(self.root), *Path(self.root).parents):
-            name = (folder / "LOC_val_solution.csv").as_posix()
-            if self.archive and name in open_zip(self.archive).namelist():
-                text = open_zip(self.archive).read(name).decode()
-            elif not self.archive and os.path.isfile(name):
-                text = Path(name).read_text()
-            else:
+            file = folder / "LOC_val_solution.csv"
+            try:
+                text = open_zip(self.archive).read(file.as_posix()).decode() if self.archive else file.read_text()
+            except (KeyError, OSError):
                 continue
-            rows = (line.split(",") for line in text.splitlines()[1:])
-            return {row[0]: row[1].split()[0] for row in rows}
-        return None
+            return {stem: boxes.split()[0] for stem, boxes in (line.split(",") for line in text.splitlines()[1:])}
 
     def __len__(self):
         return len(self.names)
@@ -165,7 +161,7 @@ class Images(torch.utils.data.Dataset):
     def batches(self, keys, num_workers):
         """DataLoader over lists of keys: uint8 (B, views, 3, size, size), indices (B,)."""
         return torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=num_workers,
-                                           pin_memory=torch.cuda.is_available(), persistent_workers=False)
+                                           pin_memory=torch.cuda.is_available())
 
 
 @torch.no_grad()

@@ -97,12 +97,6 @@ def class_numbers(chosen, ar):
     return numbers
 
 
-def class_grid(sampler, classes, columns):
-    """A row of `columns` samples for each class."""
-    labels = torch.tensor(classes).repeat_interleave(columns)
-    return list(sampler.pixels(sampler.codes(labels, range(len(labels)))).split(columns))
-
-
 def fixed_prologue_grid(sampler, classes, columns):
     """Each row one prologue of one class, its visual tokens drawn anew; the last row different prologues of the last class."""
     first = sampler.codes(torch.tensor(classes), range(len(classes)))[:, :sampler.ar.cfg.num_prologue]
@@ -193,7 +187,8 @@ def main():
 
     if machine.rank == 0:
         names = [f"{i} {ar.cfg.classes[i]}" if ar.cfg.classes else str(i) for i in classes]
-        save_grid(out / "samples.png", class_grid(sampler, classes, args.columns))
+        labels = torch.tensor(classes).repeat_interleave(args.columns)
+        save_grid(out / "samples.png", list(sampler.pixels(sampler.codes(labels, range(len(labels)))).split(args.columns)))
         print(f"{out / 'samples.png'}: a row each of {', '.join(names)}")
         if ar.cfg.num_prologue:
             save_grid(out / "fixed_prologue.png", fixed_prologue_grid(sampler, classes, args.columns))

@@ -57,18 +57,6 @@ def test_shapes(layout):
     assert ar.cross_entropy(codes, torch.arange(4), reduction="none").shape == (4, length)
 
 
-def test_prologue_queries_follow_the_image_but_patches_keep_their_place():
-    tokenizer, _, images = models()
-    patch = images.clone()
-    patch[:, :, :8, 8:16] = 0  # row 0, column 1
-    seen = {}
-    tokenizer.encoder.register_forward_hook(lambda module, args, output: seen.update(x=args[0]))
-    assert not torch.equal(tokenizer.hidden(images)[1], tokenizer.hidden(patch)[1])
-    assert (seen["x"][:, 1] == 0).all() and (seen["x"][:, [0, 2, 3, 4]] != 0).any(2).all()  # patch 1 is row 0, column 1
-    tokenizer.hidden(images)
-    assert torch.equal(seen["x"][0, 1].view(8, 8, 3), images[0, :, :8, 8:16].permute(1, 2, 0))
-
-
 def gradients(loss, model):
     model.zero_grad()
     loss.backward()
@@ -179,9 +167,6 @@ def test_save_and_load(tmp_path):
     with pytest.raises(InputError, match="another tokenizer"):
         check_pair(loaded, loaded_ar)
     assert not list(tmp_path.glob("*.tmp"))
-
-
-# What follows runs the scripts themselves.
 
 
 TEMPORARY = tempfile.TemporaryDirectory()  # shared with tools/test_scripts.py, gone when the tests end

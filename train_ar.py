@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ar import AR, SIZES, ARConfig, check_pair
-from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid, save_state,
-                    share, step_generator, to_uint8, training_flags, visited)
+from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
+                    share, step_generator, to_uint8, training_flags, visited, writing)
 from fid import map_npz
 from tokenizer import Tokenizer, TokenizerConfig
 
@@ -159,8 +159,9 @@ def main():
     def save(step):
         if machine.rank == 0:
             ar.save(out / "ar.safetensors")
-            save_state(out / "train_ar.pt", {"ar": ar.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                             "settings": settings})
+            with writing(out / "train_ar.pt") as temporary:
+                torch.save({"ar": ar.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings},
+                           temporary)
 
     progress, referee = Progress(out / "train_ar.jsonl", machine, args, start), Referee(machine)
     machine.print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters, {len(tokens.codes)} images x "

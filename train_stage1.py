@@ -2,7 +2,7 @@
 
     python train_stage1.py                                       # tiny, embedded data, CPU or GPU, a few minutes
     python train_stage1.py --layout 2d --out out_2d              # the baseline without a prologue
-    python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post   # a prologue for a frozen tokenizer
+    python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post   # a prologue for a frozen one
     torchrun --nproc_per_node 8 train_stage1.py --size B --data imagenet.zip/ILSVRC/Data/CLS-LOC/train --compile
 
     loss = L1 + perceptual + gan_weight * GAN_G + vq + lambda * CE      (paper equation 2; lambda reaches the encoder only)
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import ar as ar_model
-from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid, save_state,
-                    share, step_generator, to_float, to_uint8, training_flags, update_ema, visited)
+from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
+                    share, step_generator, to_float, to_uint8, training_flags, update_ema, visited, writing)
 from pretokenize import EMBEDDED, Images, default_val
 from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig
 
@@ -335,8 +335,10 @@ def main():
             ema.save(out / "tokenizer.safetensors")
             if ar:
                 ar.save(out / "joint_ar.safetensors")
-            save_state(out / "train_stage1.pt", {name: module.state_dict() for name, module in modules.items()} | {
-                "step": step, "averages": averages, "settings": settings, "optimizers": [o.state_dict() for o in optimizers]})
+            with writing(out / "train_stage1.pt") as temporary:
+                torch.save({name: module.state_dict() for name, module in modules.items()} | {
+                    "step": step, "averages": averages, "settings": settings,
+                    "optimizers": [o.state_dict() for o in optimizers]}, temporary)
 
     # Train.
     progress, referee = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine)

@@ -185,6 +185,11 @@ def test_sources_ranks_and_stored_statistics(run, tmp_path):
     assert "stored in" in err and both["recall"] == results[0]["recall"]
     assert abs(both["fid"] / fid.frechet_distance(*a["pool"], stored["mu"], stored["sigma"]) - 1) < 1e-6
 
+    np.savez(tmp_path / "only.npz", **stored)
+    alone = json.loads(run(tmp_path / "only.npz", tmp_path / "both.npz", *options)[1])
+    assert set(alone) == {"samples", "reference", "fid"} and abs(alone["fid"]) < 1e-6
+    assert "must hold them too" in run(tmp_path / "only.npz", tmp_path / "b.npz", *options)[0]
+
     # The cache is keyed by content: the same numbers again, and a changed file is computed anew.
     for _ in range(2):
         _, out, err = run(tmp_path / "a.npz", tmp_path / "b", "--cache", *options)
@@ -218,7 +223,7 @@ def test_bad_input_gets_one_sentence(run, weights, tmp_path):
             ((tmp_path / "float.npz", good), "arr_0 is float64"), ((tmp_path / "no.npz", good), "no.npz does not exist"),
             ((tmp_path / "cut.npz", good), "cut.npz is not a whole .npz file"),
             ((tmp_path / "mixed", good, *inception), "1.png in"),
-            ((good, tmp_path / "stats.npz", *inception), "stores statistics of 5 features"),
+            ((good, tmp_path / "stats.npz", *inception), "the reference has statistics of 5 features"),
             ((good, tmp_path / "small.npz", "--paired", *inception), "both must be the same"),
             ((good, good, "--features", "fashion"), "is for 28 x 28 images"),
             ((good, good, "--inception", tmp_path / "code.pth"), "weights-inception-2015-12-05-6726825d.pth as --inception"),

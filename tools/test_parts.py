@@ -129,3 +129,15 @@ def test_perceptual_losses(monkeypatch):
         gradient, = torch.autograd.grad(ours(image, a), image)
         assert gradient.isfinite().all()
     assert not any(p.requires_grad for p in ours.parameters())
+
+
+def test_prologue_queries_follow_the_image_but_patches_keep_their_place():
+    tokenizer, _, images = models()
+    patch = images.clone()
+    patch[:, :, :8, 8:16] = 0  # row 0, column 1
+    seen = {}
+    tokenizer.encoder.register_forward_hook(lambda module, args, output: seen.update(x=args[0]))
+    assert not torch.equal(tokenizer.hidden(images)[1], tokenizer.hidden(patch)[1])
+    assert (seen["x"][:, 1] == 0).all() and (seen["x"][:, [0, 2, 3, 4]] != 0).any(2).all()  # patch 1 is row 0, column 1
+    tokenizer.hidden(images)
+    assert torch.equal(seen["x"][0, 1].view(8, 8, 3), images[0, :, :8, 8:16].permute(1, 2, 0))
