@@ -216,6 +216,10 @@ class Machine:
         if self.world > 1:
             dist.barrier()
 
+    def share(self, tensor):
+        """This rank's part of a tensor over the global batch."""
+        return tensor.chunk(self.world)[self.rank]
+
     def sum(self, tensor):
         """The sum of a tensor over the ranks, on the CPU."""
         if self.world == 1:
@@ -266,11 +270,6 @@ def visited(seed, count, visits):
 def step_generator(seed, step):
     """Random numbers of a step, the same on every rank: each rank draws for the whole batch and takes its share."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
-
-
-def share(tensor, machine):
-    """This rank's part of a tensor over the global batch."""
-    return tensor.chunk(machine.world)[machine.rank]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import signal
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -78,6 +79,12 @@ def five_crops(image, size):
     bottom, right = image.height - size, image.width - size
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
     return [crop(image, size, top, left) for top, left in corners]
+
+
+def ignore_signals(_):
+    """For DataLoader workers: a signal to the whole job asks the trainer to save, and it needs them to finish its step."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 class Images(torch.utils.data.Dataset):
@@ -161,7 +168,7 @@ class Images(torch.utils.data.Dataset):
     def batches(self, keys, num_workers):
         """DataLoader over lists of keys: uint8 (B, views, 3, size, size), indices (B,)."""
         return torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=num_workers,
-                                           pin_memory=torch.cuda.is_available())
+                                           worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
 
 
 @torch.no_grad()

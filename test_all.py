@@ -1,4 +1,4 @@
-"""The tests: shapes, gradient routing, sampling, exactness. `python -m pytest test_all.py`, or `python test_all.py`.
+"""The tests: shapes, gradient routing, sampling, exactness. `python -m pytest test_all.py`.
 
 Tiny models with random weights everywhere; what needs several processes runs the real scripts on a few images.
 """
@@ -271,7 +271,3 @@ def test_accumulation_and_two_ranks_give_the_gradients_of_one_batch(tmp_path):
     for out in outs[1:]:
         assert_same_gradients(out / "train_stage1.pt", outs[0] / "train_stage1.pt", "optimizers")
         assert_same_gradients(out / "train_ar.pt", outs[0] / "train_ar.pt", "optimizer")
-
-
-if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q"]))

@@ -232,7 +232,6 @@ class PrologueQuantizer(nn.Module):
 
 
 LAYOUTS = ("prologue", "2d", "1d", "post")
-
 # (layers, width) of encoder, decoder and the post layout's prologue encoder: paper table A4.
 SIZES = {
     "tiny": dict(encoder=(3, 96), decoder=(3, 96), post=(3, 96), head_dim=32, patch_size=4, image_size=28,

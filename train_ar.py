@@ -18,7 +18,7 @@ from torch import nn
 
 from ar import AR, SIZES, ARConfig, check_pair
 from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
-                    share, step_generator, to_uint8, training_flags, visited, writing)
+                    step_generator, to_uint8, training_flags, visited, writing)
 from fid import map_npz
 from tokenizer import Tokenizer, TokenizerConfig
 
@@ -172,9 +172,9 @@ def main():
         torch.manual_seed(args.seed * 1_000_003 + step * machine.world + machine.rank)
         generator = step_generator(args.seed, step)
         numbers = range(step * args.batch_size, (step + 1) * args.batch_size)
-        index = share(torch.tensor(visited(args.seed, len(tokens.codes), numbers)), machine).numpy()
-        crops = share(torch.randint(tokens.codes.shape[1], (args.batch_size,), generator=generator), machine).numpy()
-        unlabelled = share(torch.rand(args.batch_size, generator=generator) < args.class_dropout, machine).to(machine.device)
+        index = machine.share(torch.tensor(visited(args.seed, len(tokens.codes), numbers))).numpy()
+        crops = machine.share(torch.randint(tokens.codes.shape[1], (args.batch_size,), generator=generator)).numpy()
+        unlabelled = machine.share(torch.rand(args.batch_size, generator=generator) < args.class_dropout).to(machine.device)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args)
         optimizer.zero_grad()

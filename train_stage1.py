@@ -23,7 +23,7 @@ from torch import nn
 
 import ar as ar_model
 from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
-                    share, step_generator, to_float, to_uint8, training_flags, update_ema, visited, writing)
+                    step_generator, to_float, to_uint8, training_flags, update_ema, visited, writing)
 from pretokenize import EMBEDDED, Images, default_val
 from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig
 
@@ -341,15 +341,14 @@ def main():
                     "optimizers": [o.state_dict() for o in optimizers]}, temporary)
 
     # Train.
-    progress, referee = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine)
+    progress, referee, used = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine), None
     loader = iter(images.batches(visits(), args.num_workers))
-    used = None
     for step in range(start, args.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
             optimizer.zero_grad()
-        drop = share(torch.rand(args.batch_size, generator=step_generator(args.seed, step)) < args.visual_dropout, machine)
+        drop = machine.share(torch.rand(args.batch_size, generator=step_generator(args.seed, step)) < args.visual_dropout)
         terms, logits = {}, torch.zeros(2, device=machine.device)
         r1 = gan is not None and args.r1_weight > 0 and step % args.r1_every == 0
         for i in range(0, per_rank, micro):
