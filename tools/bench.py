@@ -10,6 +10,7 @@ memory from the process; sample calls AR.generate with guidance. Every job is a 
 The GEMM rate (and for sampling the memory bandwidth) is measured before each job, so only ratios are to be compared.
 """
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ar as ar_model
+import tokenizer as tokenizer_file
 import train_stage1
 from tokenizer import SIZES, Tokenizer, TokenizerConfig
 
@@ -106,6 +108,7 @@ def bench_stage1(args, batch_size):
             "--num_workers", 0, *quiet(0), *["--compile"] * args.compile], Path(folder) / "train_stage1.jsonl", args.repeat + 2)
 
     def iteration():
+        tokenizer_file.exact_fp32 = lambda device: contextlib.nullcontext()  # there is no autocast on the meta device
         with torch.device("meta"):
             tokenizer, gan = Tokenizer(cfg), train_stage1.Discriminator(recipe["gan_channels"])
             ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(cfg, num_classes=0, **ar_model.SIZES[recipe["ar_size"]])) \
