@@ -83,6 +83,8 @@ def test_attention_with_a_mask_equals_softmax():
 def test_pixels_round_trip_and_crops():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert torch.equal(to_uint8(to_float(levels)), levels.permute(0, 2, 3, 1))
+    between = to_float(levels) + (0.4 / 127.5) * torch.tensor([-1.0, 0, 1]).view(3, 1, 1)  # rounds to the nearest level
+    assert torch.equal(to_uint8(between), levels.permute(0, 2, 3, 1))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 100, 3), np.uint8))
     halved = image.resize((50, 35), Image.Resampling.BOX).resize((round(50 * 32 / 35), 32), Image.Resampling.BICUBIC)
     left = (halved.width - 32) // 2
