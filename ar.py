@@ -32,7 +32,6 @@ SIZES = {
 }
 SCHEDULES = ("constant", "linear", "cosine")
 
-
 @dataclass
 class ARConfig:
     layers: int = 12

@@ -76,12 +76,12 @@ def test_cross_entropy_reaches_the_prologue_path_only():
 
 def test_reconstruction_never_reaches_the_prologue_codebook():
     tokenizer, ar, images = models()
-    stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
-    reconstruction, _, vq_loss, _ = stage1(images, torch.zeros(4, dtype=torch.bool))
+    stage1, drop = Stage1(tokenizer, ar, ce_weight=3.0), torch.zeros(4, dtype=torch.bool)
+    reconstruction, _, vq_loss, _ = stage1(images, drop)
     both = gradients((reconstruction - images).abs().mean() + vq_loss, stage1)
     assert not [n for n in both if "prologue" in n or n.startswith("ar.")] and "tokenizer.visual_quantizer.codebook" in both
-    straight = gradients((stage1(images, torch.zeros(4))[0] - images).abs().mean(), stage1)  # without the VQ loss
-    assert {"tokenizer.decoder.out.weight", "tokenizer.encoder.input.weight"} <= set(straight)
+    straight_through = gradients((stage1(images, drop)[0] - images).abs().mean(), stage1)
+    assert {"tokenizer.decoder.out.weight", "tokenizer.encoder.input.weight"} <= set(straight_through)
 
 
 def test_lambda_scales_the_encoder_and_not_the_ar():

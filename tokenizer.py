@@ -400,7 +400,6 @@ class Tokenizer(nn.Module):
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 
-
 # The released checkpoints. Their networks are conditioned on a label that is the same constant in every release, so the
 # adaptive norms and gates are constants too and fold into the plain weights above without changing a number.
 
