@@ -3,7 +3,7 @@
     python data/fashion_mnist.py                                    # the embedded subset: 10,000 train, 2,000 val
     python data/fashion_mnist.py --full --out fashion_mnist_full.zip    # all 60,000 + 10,000
 
-The files are those of Debian's package dataset-fashion-mnist; where --source lacks them, torchvision downloads them.
+The files are those of Debian's package dataset-fashion-mnist; where --source lacks them, torchvision downloads them to data/raw.
 The subset takes the first images of each class, in the order of the original files.
 """
 import argparse
@@ -31,7 +31,7 @@ def load(source, split):
     prefix = {"train": "train", "val": "t10k"}[split]
     if not list(Path(source).glob(f"{prefix}-images*")):
         from torchvision.datasets import FashionMNIST
-        source = Path(FashionMNIST(source, train=split == "train", download=True).raw_folder)
+        source = FashionMNIST(Path(__file__).with_name("raw"), train=split == "train", download=True).raw_folder
     return read_idx(source, f"{prefix}-images-idx3-ubyte"), read_idx(source, f"{prefix}-labels-idx1-ubyte")
 
 
