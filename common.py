@@ -224,7 +224,7 @@ class Machine:
         """The sum of a tensor over the ranks, on the CPU."""
         if self.world == 1:
             return tensor.cpu()
-        tensor = tensor.to(self.device)
+        tensor = tensor.to(self.device, copy=True)  # the caller's stays its rank's own
         dist.all_reduce(tensor)
         return tensor.cpu()
 
