@@ -114,6 +114,7 @@ def run(main):
     """Runs a script's main; bad input ends it with one sentence and exit code 1."""
     try:
         main()
+        dist.is_initialized() and dist.barrier()  # a rank that leaves while another still saves can abort on its way out
     except InputError as error:  # from a DataLoader worker it comes wrapped in that worker's traceback
         sys.exit(f"{Path(sys.argv[0]).name}: {str(error).split('InputError: ')[-1].strip()}")
     finally:

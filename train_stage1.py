@@ -340,7 +340,6 @@ def main():
                     "step": step, "averages": averages, "settings": settings,
                     "optimizers": [o.state_dict() for o in optimizers]}, temporary)
 
-    # Train.
     progress, referee, used = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine), None
     loader = iter(images.batches(visits(), args.num_workers))
     for step in range(start, args.steps):
