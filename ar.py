@@ -126,7 +126,8 @@ class AR(nn.Module):
     def hidden(self, codes, labels, onehot=None, drop=None):
         """Final hidden states (B, L, D); position t has seen the class and the tokens before t.
 
-        onehot (B, K, P): straight-through one-hot prologue, embedded by a product so that CE reaches the encoder.
+        onehot: straight-through one-hot prologue (B, K, P), or visual codes (B, N, V) where there is none, embedded by a
+        product so that CE reaches the encoder.
         drop (B,) bool: images whose visual tokens are all hidden from the input behind EOS (visual token dropout).
         """
         k, v = self.cfg.num_prologue, self.cfg.codebook_size
@@ -136,8 +137,10 @@ class AR(nn.Module):
             tokens = tokens.where(~(drop[:, None] & visual), self.eos)
         if onehot is None:
             x = self.embedding(tokens)
-        else:
+        elif k:
             x = torch.cat([onehot @ self.embedding.weight[v:self.eos], self.embedding(tokens[:, k:])], 1)
+        else:
+            x = onehot[:, :-1] @ self.embedding.weight
         x = self.drop(torch.cat([self.bos(labels)[:, None], x], 1))  # (B, L, D)
         return self.norm(self.transformer(x, self.angles, causal=True))
 

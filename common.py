@@ -5,6 +5,7 @@ Read tokenizer.py first; come here when a name leads here.
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -68,15 +69,34 @@ def read_checkpoint(path, kind):
 
 
 class SharedRows:
-    """A large array that all ranks fill on disk, each its own rows, and rank 0 then packs into an uncompressed .npz."""
+    """A large array that all ranks fill on disk, each its own rows, and rank 0 then packs into an uncompressed .npz.
 
-    def __init__(self, path, shape, dtype, machine):
-        self.path, self.machine = Path(path).with_name(f".{Path(path).name}.rows"), machine
-        if machine.rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(self.path, "w+", dtype, tuple(shape)).flush()
+    `key` says all that the rows depend on: a run that was killed and is started again with the same key goes on with the
+    rows it lacks; rows of another key are thrown away.
+    """
+
+    def __init__(self, path, shape, dtype, machine, key):
+        self.target, self.machine = Path(path), machine
+        stem = f".{self.target.name}.{hashlib.sha256(f'{key} {shape}'.encode()).hexdigest()[:16]}"
+        self.paths = [self.target.with_name(stem + end) for end in (".rows", ".done")]
+        if machine.rank == 0 and not all(path.exists() for path in self.paths):
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            for path in self.target.parent.glob(f".{self.target.name}.*"):
+                path.unlink()
+            for path, *kind in zip(self.paths, (dtype, np.bool_), (tuple(shape), shape[:1])):
+                np.lib.format.open_memmap(path, "w+", *kind).flush()
         machine.barrier()
-        self.array, self.target = np.lib.format.open_memmap(self.path, "r+"), path
+        self.array, self.done = (np.lib.format.open_memmap(path, "r+") for path in self.paths)
+
+    def missing(self):
+        """This rank's share of the rows that are still to be written."""
+        indices = np.flatnonzero(~self.done)
+        self.machine.barrier()  # all have looked before one writes
+        return indices[self.machine.rank::self.machine.world]
+
+    def write(self, indices, rows):
+        self.array[indices] = rows
+        self.done[indices] = True
 
     def pack(self, name, **others):
         """Writes {name: the array} and `others` as .npz; the array stays readable on rank 0."""
@@ -85,7 +105,8 @@ class SharedRows:
         if self.machine.rank == 0:
             with writing(self.target) as temporary, open(temporary, "wb") as f:
                 np.savez(f, **{name: self.array}, **others)
-            self.path.unlink()
+            for path in self.paths:
+                path.unlink()
 
 
 def to_float(images):
@@ -115,7 +136,9 @@ def run(main):
     try:
         main()
         dist.is_initialized() and dist.barrier()  # a rank that leaves while another still saves can abort on its way out
-    except InputError as error:  # from a DataLoader worker it comes wrapped in that worker's traceback
+    except ValueError as error:
+        if type(error).__name__ not in ("InputError", "BadInput"):  # the second is fid.py's
+            raise  # from a DataLoader worker the first comes wrapped in that worker's traceback
         sys.exit(f"{Path(sys.argv[0]).name}: {str(error).split('InputError: ')[-1].strip()}")
     finally:
         if dist.is_initialized():
@@ -192,7 +215,7 @@ class Machine:
         if args.batch_size % self.world:
             raise InputError(f"--batch_size {args.batch_size} cannot be divided among {self.world} ranks")
         if "RANK" in os.environ:
-            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
         self.compile = args.compile and self.can_compile()
         from tokenizer import attention_backend  # here, because tokenizer.py imports this file
         self.print(f"{self.world} x {name}, {str(self.dtype)[6:]}, attention by {attention_backend(self.device, self.dtype)}"
@@ -331,12 +354,23 @@ class Progress:
         self.machine.print(f"step {step}/{self.args.steps}  {text}  left {int(left) // 60}:{int(left) % 60:02}")
         self.clock, self.images = time.perf_counter(), 0
 
-    @contextlib.contextmanager
-    def paused(self):
-        """Time spent in here does not count against images/s."""
+    def end_step(self, step, referee, values, evaluate, save):
+        """What follows a step where its turn has come: the line, held-out measures, the saved state. True ends the run."""
+        self.images += self.args.batch_size
+        done, final = step + 1, step + 1 == self.args.steps or referee.stop
+        if done % self.args.log_every == 0 or final:
+            self.line(done, values())
         before = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - before
+        if done % self.args.eval_every == 0 or final:
+            measured = evaluate()
+            self.write(done, measured)
+            self.machine.print("  held-out: " + "  ".join(f"{key[4:]} {value:.4g}" for key, value in measured.items()))
+        if done % self.args.save_every == 0 or final:
+            save(done)
+        self.clock += time.perf_counter() - before  # that time does not count against images/s
+        if referee.stop:
+            self.machine.print(f"asked to stop: saved after step {done}, go on with --resume")
+        return final
 
 
 class Referee:
@@ -369,17 +403,25 @@ class Referee:
         return False
 
 
+def save_state(path, state):
+    """Writes a training state; the one before it stays beside it."""
+    with writing(path) as temporary:
+        torch.save(state, temporary)
+        if path.exists():
+            os.replace(path, path.with_suffix(".previous.pt"))
+
+
 def load_state(path, resume, settings):
-    """The training state at `path` if --resume asks for it and there is one, else None. Raises InputError."""
-    if not resume or not Path(path).exists():
+    """The training state at `path`, or the one before it, if --resume asks for it, else None. Raises InputError."""
+    found = [p for p in (path, path.with_suffix(".previous.pt")) if p.exists()]
+    if not resume or not found:
         return None
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = torch.load(found[0], weights_only=True, map_location="cpu")
     except Exception as error:
-        raise InputError(f"{path} is not a whole training state: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{found[0]} is not a whole training state ({str(error).splitlines()[0]}); remove it"
+                         + (f" to go on from {found[1]}" if found[1:] else "")) from None
     for key, value in settings.items():
-        if state["settings"][key] != value:
-            raise InputError(f"--resume: {path} was made with {key} {state['settings'][key]!r}, this run has {value!r}")
+        if state["settings"].get(key) != value:
+            raise InputError(f"--resume: {found[0]} was made with {key} {state['settings'].get(key)!r}, this run has {value!r}")
     return state
-
-

@@ -69,6 +69,17 @@ class Inception(nn.Module):
         return {"pool": pool, "spatial": spatial, "probabilities": logits.softmax(-1)}  # softmax of pool @ W.T, no bias
 
 
+def feature_network(kind, size, inception, device):
+    """(kind, network) for images of `size` pixels: "inception", or "fashion", the classifier, which "auto" takes for 28."""
+    kind = ("fashion" if size == 28 else "inception") if kind == "auto" else kind
+    if kind == "inception":
+        return kind, Inception(inception).to(device)
+    if size != 28:
+        raise BadInput(f"--features fashion is for 28 x 28 images, these are {size} x {size}; use --features inception")
+    from data.fashion_mnist_features import FashionClassifier
+    return kind, FashionClassifier.load().to(device)
+
+
 def map_npz(path, name):
     """Array `name` of an .npz: mapped from the file if it is stored uncompressed, else read; None if it is not there."""
     try:
@@ -453,13 +464,7 @@ def main():
             make = lambda part, originals: images[part]
     if (args.ssim or args.lpips) and not originals:
         raise BadInput("--ssim and --lpips compare pairs: give --tokenizer or --paired with them")
-    kind = ("fashion" if size == 28 else "inception") if args.features == "auto" else args.features
-    if kind == "fashion":
-        from data.fashion_mnist_features import FashionClassifier
-        if size != 28:
-            raise BadInput(f"--features fashion is for 28 x 28 images, these are {size} x {size}; use --features inception")
-    network = (FashionClassifier.load() if kind == "fashion" else Inception(args.inception)).to(args.device)
-
+    kind, network = feature_network(args.features, size, args.inception, args.device)
     source = Paired(originals, make, pair_measures(args)) if originals else images
     samples = extract(network, source, args.device, args.batch_size, "features of samples")
     if args.tokenizer and not reference:

@@ -7,11 +7,14 @@
 The file also holds the data set that stage 1 trains on: a folder or a zip of images, and ADM's crops.
 """
 import argparse
+import contextlib
+import hashlib
 import json
 import math
 import os
 import random
 import signal
+import sys
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -115,6 +118,7 @@ class Images(torch.utils.data.Dataset):
         self.classes = sorted(set(folders))
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([number[folder] for folder in folders])
+        self.unreadable = set()
 
     def find_csv(self):
         """{file stem: class} of the LOC_val_solution.csv in a folder above the images, or None."""
@@ -129,12 +133,18 @@ class Images(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.names)
 
+    def digest(self):
+        """A short hash of the images' names."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
+
     def open(self, index):
         """PIL image in RGB, whatever the file's mode or extension. Raises InputError with the file's name."""
         name = self.names[index]
         try:
             file = open_zip(self.archive).open(self.root + name) if self.archive else open(os.path.join(self.root, name), "rb")
             with file, Image.open(file) as image:
+                if self.train and self.crops == "random":  # JPEG decodes at half size in place of the first halving of `shrink`
+                    image.draft(None, (math.ceil(self.size / 0.8),) * 2)
                 if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scaling
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
@@ -158,31 +168,49 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         visit, index = key
-        image = self.open(index)
+        image, problem = None, ""
+        try:
+            image = self.open(index)
+        except InputError as error:  # the next image of its class that can be read takes its place
+            problem, same = str(error), np.flatnonzero(self.labels == self.labels[index])
+            for i in np.roll(same, -np.searchsorted(same, index))[1:10]:
+                with contextlib.suppress(InputError):
+                    image = image or self.open(i)
+            if image is None:
+                raise
         if self.crops == "none" and image.size != (self.size, self.size):
             raise InputError(f"{self.names[index]} is {image.width} x {image.height}; without a crop every image must be "
                              f"{self.size} x {self.size}")
         views = np.ascontiguousarray(np.stack(self.views(image, visit)).transpose(0, 3, 1, 2))  # (views, 3, size, size)
-        return torch.from_numpy(views), index
+        return torch.from_numpy(views), index, problem
 
     def batches(self, keys, num_workers):
-        """DataLoader over lists of keys: uint8 (B, views, 3, size, size), indices (B,)."""
-        return torch.utils.data.DataLoader(self, batch_sampler=keys, num_workers=num_workers,
-                                           worker_init_fn=ignore_signals, pin_memory=torch.cuda.is_available())
+        """Yields uint8 (B, views, 3, size, size) and indices (B,) for lists of keys. Unreadable images are named and counted;
+        more than 0.1% of them raise InputError."""
+        for views, index, problems in torch.utils.data.DataLoader(
+                self, batch_sampler=keys, num_workers=num_workers, worker_init_fn=ignore_signals,
+                pin_memory=torch.cuda.is_available()):
+            for i, problem in zip(index.tolist(), problems):
+                if problem and i not in self.unreadable:
+                    self.unreadable.add(i)
+                    if len(self.unreadable) > len(self) / 1000:
+                        raise InputError(f"{problem} ({len(self.unreadable)} such of {len(self)}, more than 0.1%)")
+                    print(f"skipped: {problem}", file=sys.stderr, flush=True)
+            yield views, index
 
 
 @torch.no_grad()
 def tokenize(tokenizer, images, machine, args, target, fields):
     """Codes of every view of every image, uint16 (images, views, K+N), into the .npz `target`; returns them on rank 0."""
-    shape = (len(images), len(images.views(images.open(0), 0)), tokenizer.cfg.num_prologue + tokenizer.cfg.num_visual)
-    rows = SharedRows(target, shape, np.uint16, machine)
-    keys = [(i, i) for i in range(machine.rank, len(images), machine.world)]
-    step = max(1, args.batch_size // machine.world // shape[1])
-    loader = images.batches([keys[i:i + step] for i in range(0, len(keys), step)], args.num_workers)
-    for batch, index in tqdm(loader, desc=str(target), unit="batch", disable=machine.rank > 0):
+    shape = (len(images), len(images[0, 0][0]), tokenizer.cfg.num_prologue + tokenizer.cfg.num_visual)
+    rows = SharedRows(target, shape, np.uint16, machine, key=(fields["config"], images.digest()))
+    todo, step = rows.missing(), max(1, args.batch_size // machine.world // shape[1])
+    keys = [[(i, i) for i in todo[j:j + step].tolist()] for j in range(0, len(todo), step)]
+    for batch, index in tqdm(images.batches(keys, args.num_workers), desc=str(target), unit="batch", total=len(keys),
+                             disable=machine.rank > 0):
         with machine.autocast():
             part = tokenizer.encode(to_float(batch.flatten(0, 1).to(machine.device)))  # (images*views, K+N)
-        rows.array[index.numpy()] = part.view(len(batch), *shape[1:]).cpu().numpy()
+        rows.write(index.numpy(), part.view(len(batch), *shape[1:]).cpu().numpy())
     rows.pack("codes", **fields)
     return rows.array
 

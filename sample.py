@@ -10,6 +10,7 @@ leaves samples.png, fixed_prologue.png, reconstructions.png, samples.npz (arr_0 
 samples.json, the settings they were drawn with.
 """
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -122,10 +123,12 @@ def reconstruction_grid(sampler, data, columns):
 def draw_many(sampler, num, machine, path):
     """Writes the .npz of `num` images, each class equally often: arr_0 uint8 (num, H, W, 3), arr_1 labels."""
     size, labels = sampler.tokenizer.cfg.image_size, torch.arange(num) % sampler.ar.cfg.num_classes
-    rows = SharedRows(path, (num, size, size, 3), np.uint8, machine)
-    for part in tqdm(torch.arange(machine.rank, num, machine.world).split(sampler.batch_size), desc="samples", unit="batch",
+    weights = hashlib.sha256(sampler.ar.head.weight.detach().cpu().numpy()).hexdigest()
+    key = sampler.settings, sampler.seed, sampler.tokenizer.fingerprint(), weights
+    rows = SharedRows(path, (num, size, size, 3), np.uint8, machine, key)
+    for part in tqdm(torch.from_numpy(rows.missing()).split(sampler.batch_size), desc="samples", unit="batch",
                      disable=machine.rank > 0):
-        rows.array[part.numpy()] = sampler.pixels(sampler.codes(labels[part], part)).numpy()
+        rows.write(part.numpy(), sampler.pixels(sampler.codes(labels[part], part)).numpy())
     rows.pack("arr_0", arr_1=labels.numpy())
 
 

@@ -351,12 +351,15 @@ class Tokenizer(nn.Module):
         x = self.decoder(q).float().unflatten(2, (p, p, 3)).unflatten(1, (grid, grid))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
-    def forward(self, images):
+    def forward(self, images, direct_ce=False):
         """The training pass: reconstruction (none in the layout post, whose visual path is frozen), codes (B, K+N),
-        one-hot prologue (B, K, P) or None, VQ loss."""
+        one-hot prologue (B, K, P) or None, VQ loss. With `direct_ce` the one-hot is that of the visual codes (B, N, V)."""
         h_visual, h_prologue = self.hidden(images)
         q, codes, vq_loss = self.visual_quantizer(h_visual)
         onehot = None
+        if direct_ce:
+            with exact_fp32(images.device.type):
+                onehot, _ = prob_ste(self.visual_quantizer.project(h_visual), self.visual_quantizer.codebook, self.cfg.tau)
         if h_prologue is not None:
             onehot, prologue_codes = self.prologue_quantizer(h_prologue)
             codes = torch.cat([prologue_codes, codes], 1)

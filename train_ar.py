@@ -18,7 +18,7 @@ from torch import nn
 
 from ar import AR, SIZES, ARConfig, check_pair
 from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
-                    step_generator, to_uint8, training_flags, visited, writing)
+                    save_state, step_generator, to_uint8, training_flags, visited)
 from fid import map_npz
 from tokenizer import Tokenizer, TokenizerConfig
 
@@ -159,9 +159,19 @@ def main():
     def save(step):
         if machine.rank == 0:
             ar.save(out / "ar.safetensors")
-            with writing(out / "train_ar.pt") as temporary:
-                torch.save({"ar": ar.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "settings": settings},
-                           temporary)
+            save_state(out / "train_ar.pt", {"ar": ar.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+                                             "settings": settings})
+
+    def measure():
+        ar.eval()
+        values = evaluate(ar, val, machine, args.eval_images) if val else {}
+        if machine.rank == 0:
+            draw(ar, tokenizer, machine, out / "train_ar.png")
+        ar.train()
+        return values
+
+    def logged():
+        return {"ce": loss.item(), "nats": loss.item() * ar.length, "grad_norm": norm.item(), "lr": lr_at(step, args)}
 
     progress, referee = Progress(out / "train_ar.jsonl", machine, args, start), Referee(machine)
     machine.print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters, {len(tokens.codes)} images x "
@@ -190,26 +200,7 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or float("inf"))
         if referee.step_counts({"cross-entropy": loss, "gradient norm": norm}):
             optimizer.step()
-        progress.images += args.batch_size
-
-        done, final = step + 1, step + 1 == args.steps or referee.stop
-        if done % args.log_every == 0 or final:
-            progress.line(done, {"ce": loss.item(), "nats": loss.item() * ar.length, "grad_norm": norm.item(),
-                                 "lr": lr_at(step, args)})
-        with progress.paused():
-            if done % args.eval_every == 0 or final:
-                ar.eval()
-                if val:
-                    values = evaluate(ar, val, machine, args.eval_images)
-                    progress.write(done, values)
-                    machine.print("  held-out: " + "  ".join(f"{k[4:]} {v:.4g}" for k, v in values.items()))
-                if machine.rank == 0:
-                    draw(ar, tokenizer, machine, out / "train_ar.png")
-                ar.train()
-            if done % args.save_every == 0 or final:
-                save(done)
-        if referee.stop:
-            machine.print(f"asked to stop: saved after step {done}, go on with --resume")
+        if progress.end_step(step, referee, logged, measure, save):
             break
 
 

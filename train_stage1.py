@@ -3,13 +3,14 @@
     python train_stage1.py                                       # tiny, embedded data, CPU or GPU, a few minutes
     python train_stage1.py --layout 2d --out out_2d              # the baseline without a prologue
     python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post   # a prologue for a frozen one
+    python train_stage1.py --onestage --ar_size tiny --out out_onestage    # the AR of stage 2 in place of the joint one
     torchrun --nproc_per_node 8 train_stage1.py --size B --data imagenet.zip/ILSVRC/Data/CLS-LOC/train --compile
 
     loss = L1 + perceptual + gan_weight * GAN_G + vq + lambda * CE      (paper equation 2; lambda reaches the encoder only)
 
 One forward and one backward of encoder, decoder and AR per step, then one of the discriminator. In --out it leaves
 tokenizer.safetensors (EMA weights), joint_ar.safetensors, train_stage1.jsonl, train_stage1.png, and train_stage1.pt for
---resume.
+--resume. With --onestage the tokenizer is the raw one, beside the ar.safetensors that grew with it.
 """
 import argparse
 import contextlib
@@ -22,8 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import ar as ar_model
+import fid
 from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
-                    step_generator, to_float, to_uint8, training_flags, update_ema, visited, writing)
+                    save_state, step_generator, to_float, to_uint8, training_flags, update_ema, visited)
 from pretokenize import EMBEDDED, Images, default_val
 from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig
 
@@ -38,22 +40,20 @@ RECIPES["L"] = RECIPES["B"] | dict(steps=1_000_000, min_lr=1e-5, perceptual="con
 
 
 class Stage1(nn.Module):
-    """Tokenizer and joint AR in one forward. lambda multiplies the gradient that CE sends into the one-hot prologue and
+    """Tokenizer and joint AR in one forward. lambda multiplies the gradient that CE sends into the one-hot codes and
     nothing else: the encoder is trained on lambda * CE and the AR on CE, as two separate updates would."""
 
-    def __init__(self, tokenizer, ar, ce_weight):
+    def __init__(self, tokenizer, ar, ce_weight, direct_ce=False):
         super().__init__()
-        self.tokenizer, self.ar, self.ce_weight = tokenizer, ar, ce_weight
+        self.tokenizer, self.ar, self.ce_weight, self.direct_ce = tokenizer, ar, ce_weight, direct_ce
 
-    def forward(self, images, drop):
-        """images (B, 3, H, W), drop (B,) bool -> reconstruction, codes (B, K+N), VQ loss, CE"""
-        reconstruction, codes, onehot, vq_loss = self.tokenizer(images)
+    def forward(self, images, labels, drop):
+        """images (B, 3, H, W), labels (B,), drop (B,) bool -> reconstruction, codes (B, K+N), VQ loss, CE"""
+        reconstruction, codes, onehot, vq_loss = self.tokenizer(images, self.direct_ce)
         if self.ar is None:
             return reconstruction, codes, vq_loss, None
-        labels = codes.new_full((len(codes),), self.ar.cfg.num_classes)  # always unconditional
         onehot = onehot + (self.ce_weight - 1) * (onehot - onehot.detach())  # the same values, the gradient times lambda
-        ce = self.ar.cross_entropy(codes, labels, onehot=onehot, drop=drop)
-        return reconstruction, codes, vq_loss, ce
+        return reconstruction, codes, vq_loss, self.ar.cross_entropy(codes, labels, onehot, None if self.direct_ce else drop)
 
 
 class Discriminator(nn.Module):
@@ -171,32 +171,39 @@ def histograms(codes, cfg):
 
 
 @torch.no_grad()
-def evaluate(tokenizer, ar, images, machine, args):
-    """Measures over --eval_images held-out images, shared among the ranks, and 16 originals with their reconstructions."""
+def evaluate(tokenizer, ar, images, network, machine, args):
+    """Measures over --eval_images held-out images, shared among the ranks, and 16 originals with their reconstructions.
+    With a feature network also rFID of these images."""
     cfg, count, k = tokenizer.cfg, min(args.eval_images, len(images)), tokenizer.cfg.num_prologue
     keys = [(i, i * len(images) // count) for i in range(machine.rank, count, machine.world)]  # spread over the classes
     sums = torch.zeros(5)  # PSNR, L1, nats of prologue, EOS, visual
+    moments = fid.Moments(), fid.Moments()
     used = histograms(torch.zeros(0, k + cfg.num_visual, dtype=torch.int64), cfg)
     pictures = [torch.zeros(0, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)] * 2
-    for batch, _ in images.batches([keys[i:i + 64] for i in range(0, len(keys), 64)], 0):
+    for batch, index in images.batches([keys[i:i + 64] for i in range(0, len(keys), 64)], 0):
         x = to_float(batch[:, 0].to(machine.device))
         with machine.autocast():
             codes = tokenizer.encode(x)
             y = tokenizer.decode(codes)
-            labels = codes.new_full((len(codes),), ar.cfg.num_classes) if ar else None
+            labels = torch.from_numpy(images.labels[index]).to(machine.device) * (args.onestage > 0)
             nats = ar.cross_entropy(codes, labels, reduction="none").cpu() if ar else torch.zeros(1, 1)
         a, b = to_uint8(x), to_uint8(y)
+        for part, pixels in zip(moments, (a, b) if network else ()):
+            part.add(network(pixels.to(machine.device))["pool"])
         pictures = [torch.cat([old, new[::16]])[:16] for old, new in zip(pictures, (a, b))]
         mse = (a.float() - b.float()).square().mean((1, 2, 3)).clamp_min(1e-10)
         sums += torch.stack([(10 * (255**2 / mse).log10()).sum(), (x - y).abs().mean((1, 2, 3)).sum().cpu(),
-                             nats[:, :k].sum(), nats[:, k:k + 1].sum(), nats[:, k + 1:].sum()])
+                             nats[:, :k].sum(), nats[:, k:k + (k > 0)].sum(), nats[:, k + (k > 0):].sum()])
         used = [total + part for total, part in zip(used, histograms(codes.cpu(), cfg))]
     psnr, l1, *nats = (machine.sum(sums) / count).tolist()
     values = {"val_psnr": psnr, "val_l1": l1}
     if ar:
         values |= dict(zip(("val_nats_prologue", "val_nats_eos", "val_nats_visual"), nats))
+    if k:
         values["val_usage_prologue"], values["val_perplexity_prologue"] = code_usage(machine.sum(used[0]))
     values["val_usage_visual"], values["val_perplexity_visual"] = code_usage(machine.sum(used[1]))
+    if network:
+        values["val_rfid"] = fid.frechet_distance(*moments[0].result(), *moments[1].result())
     return values, pictures
 
 
@@ -219,7 +226,9 @@ def parse_args():
     flag("--code_dim", type=int, default=cfg.code_dim, help="dimensions of a code")
     flag("--num_prologue", type=int, default=cfg.num_prologue, help="prologue tokens K")
     flag("--prologue_codebook_size", type=int, default=cfg.prologue_codebook_size, help="prologue codes P")
-    flag("--tau", type=float, default=cfg.tau, help="temperature of Prob-STE")
+    flag("--tau", type=float, help="temperature of Prob-STE; by default 0.1, and 1 with --direct_ce")
+    flag("--onestage", action="store_true", help="the AR is the final one: labels, 10%% of them dropped, and no stage 2")
+    flag("--direct_ce", action="store_true", help="layouts 1d and 2d: CE on the visual tokens themselves (Fig. 5)")
     flag("--ar_size", default=recipe["ar_size"], choices=ar_model.SIZES, help="size of the joint AR")
     flag("--ema_half_life", type=float, default=1000, help="steps; at most a tenth of the steps so far")
     flag("--ce_weight", type=float, default=3.0, help="lambda: what the encoder's CE gradient is multiplied by")
@@ -236,19 +245,27 @@ def parse_args():
     flag("--crop", default=recipe["crop"], choices=["none", "center", "random"], help="random is ADM's")
     flag("--flip", action=argparse.BooleanOptionalAction, default=recipe["crop"] == "random", help="mirror half of the images")
     flag("--eval_images", type=positive, default=1000, help="held-out images per evaluation")
+    flag("--rfid", action="store_true", help="also measure rFID of these images")
+    flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for --rfid, instead of downloading them")
     training_flags(parser, recipe)
     args = parser.parse_args()
     keys = ("layout", "image_size", "patch_size", "codebook_size", "code_dim", "num_prologue", "prologue_codebook_size", "tau")
     if (args.layout == "post") != bool(args.init):
         parser.error("--layout post and --init TOKENIZER, the trained 2d tokenizer, go together")
+    if args.direct_ce and args.layout not in ("1d", "2d") or args.onestage and args.layout not in ("prologue", "post"):
+        parser.error("--direct_ce is for the layouts 1d and 2d, --onestage for prologue and post")
     if args.layout == "post":  # nothing but CE trains it
         args.perceptual, args.gan_weight = "none", 0.0
+        for key in ("image_size", "patch_size", "codebook_size", "code_dim"):
+            if getattr(args, key) != parser.get_default(key):
+                parser.error(f"--{key} has no say with --layout post: it is that of the --init tokenizer")
+    args.tau = args.tau or (1.0 if args.direct_ce else cfg.tau)
     args.model = model | {key: getattr(args, key) for key in keys}
     return args
 
 
-def build(args, machine):
-    """Tokenizer and joint AR (None without a prologue), the same on every rank."""
+def build(args, machine, classes):
+    """Tokenizer and joint AR (None where no CE trains the tokenizer), the same on every rank."""
     torch.manual_seed(args.seed)
     cfg, ar, frozen = TokenizerConfig(**args.model), None, None
     if args.layout == "post":
@@ -262,8 +279,10 @@ def build(args, machine):
         for name, part in frozen.named_children():
             getattr(tokenizer, name).load_state_dict(part.state_dict())
             getattr(tokenizer, name).requires_grad_(False)
-    if tokenizer.cfg.num_prologue:
-        ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(tokenizer.cfg, num_classes=0, **ar_model.SIZES[args.ar_size]))
+    if tokenizer.cfg.num_prologue or args.direct_ce:  # unconditional, unless it is the final one
+        classes = classes if args.onestage else []
+        ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(tokenizer.cfg, num_classes=len(classes), classes=classes,
+                                                         **ar_model.SIZES[args.ar_size]))
     return tokenizer.to(machine.device), ar and ar.to(machine.device)
 
 
@@ -288,12 +307,16 @@ def main():
         raise InputError(f"--image_size {args.image_size}: the discriminator needs at least 24 pixels; use --gan_weight 0")
 
     # Data, models, optimizers.
-    tokenizer, ar = build(args, machine)
+    images = Images(args.data, args.image_size, args.crop, args.flip, args.seed, train=True)
+    tokenizer, ar = build(args, machine, images.classes)
     size, val_data = tokenizer.cfg.image_size, args.val_data or default_val(args.data) or args.data
-    images = Images(args.data, size, args.crop, args.flip, args.seed, train=True)
+    images.size = size  # the layout post takes it from --init
     if val_data == args.data:
         machine.print(f"there is no held-out data (--val_data): measures are taken on {args.data} itself")
     val = Images(val_data, size, "none" if args.crop == "none" else "center")
+    if args.onestage and val.classes != images.classes:
+        raise InputError(f"--onestage: {val_data} has other classes than {args.data}; give held-out images as --val_data")
+    network = fid.feature_network("auto", size, args.inception, machine.device)[1] if args.rfid else None
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     gan = Discriminator(args.gan_channels).to(machine.device) if args.gan_weight else None
     perceptual = Perceptual(args.perceptual, args.vgg_weights, args.convnext_weights).to(machine.device)
@@ -306,7 +329,7 @@ def main():
     # Resume.
     modules = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
     settings = asdict(tokenizer.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size,
-                                           "images": len(images)}
+                                           "images": len(images), "names": images.digest(), "ce_weight": args.ce_weight}
     state = load_state(out / "train_stage1.pt", args.resume, settings)
     start = state["step"] if state else 0
     if state:
@@ -320,7 +343,8 @@ def main():
     if machine.compile:  # in place, so that the names of the weights stay as they are
         for part in [tokenizer.encoder.transformer, tokenizer.decoder.transformer] + ([ar.transformer] if ar else []):
             part.compile()
-    stage1 = Stage1(tokenizer, ar, args.ce_weight)
+    stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
+    final = tokenizer if args.onestage else ema  # the weights that are used afterwards
     model, discriminator = machine.wrap(stage1), gan and machine.wrap(gan)
 
     def visits():
@@ -332,13 +356,31 @@ def main():
 
     def save(step):
         if machine.rank == 0:
-            ema.save(out / "tokenizer.safetensors")
+            final.save(out / "tokenizer.safetensors")
+            if args.onestage:
+                ar.cfg.tokenizer = final.fingerprint()
             if ar:
-                ar.save(out / "joint_ar.safetensors")
-            with writing(out / "train_stage1.pt") as temporary:
-                torch.save({name: module.state_dict() for name, module in modules.items()} | {
-                    "step": step, "averages": averages, "settings": settings,
-                    "optimizers": [o.state_dict() for o in optimizers]}, temporary)
+                ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
+            save_state(out / "train_stage1.pt", {name: module.state_dict() for name, module in modules.items()} | {
+                "step": step, "averages": averages, "settings": settings, "optimizers": [o.state_dict() for o in optimizers]})
+
+    def measure():
+        values, (originals, decoded) = evaluate(final, ar, val, network, machine, args)
+        if machine.rank == 0:
+            save_grid(out / "train_stage1.png", [originals[:8], decoded[:8], originals[8:], decoded[8:]])
+        return values
+
+    def logged():
+        nonlocal used
+        values = {name: value.item() for name, value in terms.items() if name != "perceptual" or args.perceptual != "none"}
+        values["lr"] = lr_at(step, args)
+        if gan:
+            values["logits_real"], values["logits_fake"] = logits.tolist()
+        for name, counts in zip(("prologue", "visual"), used):
+            if len(counts):
+                values[f"usage_{name}"], values[f"perplexity_{name}"] = code_usage(machine.sum(counts))
+        used = None
+        return values
 
     progress, referee, used = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine), None
     loader = iter(images.batches(visits(), args.num_workers))
@@ -347,15 +389,19 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
             optimizer.zero_grad()
-        drop = machine.share(torch.rand(args.batch_size, generator=step_generator(args.seed, step)) < args.visual_dropout)
+        generator = step_generator(args.seed, step)
+        drop = machine.share(torch.rand(args.batch_size, generator=generator) < args.visual_dropout)
+        labelled = machine.share(torch.rand(args.batch_size, generator=generator) >= 0.1)
         terms, logits = {}, torch.zeros(2, device=machine.device)
         r1 = gan is not None and args.r1_weight > 0 and step % args.r1_every == 0
         for i in range(0, per_rank, micro):
-            x = to_float(next(loader)[0][:, 0].to(machine.device, non_blocking=True))
+            batch, index = next(loader)
+            x = to_float(batch[:, 0].to(machine.device, non_blocking=True))
+            labels = torch.from_numpy(images.labels[index]).where(labelled[i:i + micro], len(images.classes)) * args.onestage
             more = i + micro < per_rank  # gradients travel between ranks once per step
             with machine.unsynced(model, more), machine.unsynced(discriminator, more and gan):
                 with machine.autocast():
-                    y, codes, vq, ce = model(x, drop[i:i + micro].to(machine.device))
+                    y, codes, vq, ce = model(x, labels.to(machine.device), drop[i:i + micro].to(machine.device))
                     part = {} if ce is None else {"ce": ce}
                     if y is not None:
                         part |= {"l1": F.l1_loss(y, x), "perceptual": perceptual(y, x), "vq": vq}
@@ -379,30 +425,7 @@ def main():
                 optimizer.step()
             averages.lerp_(machine.sum(logits).to(averages) / machine.world, 1 - 0.999)
             update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * (step + 1)))
-        progress.images += args.batch_size
-
-        done, final = step + 1, step + 1 == args.steps or referee.stop
-        if done % args.log_every == 0 or final:
-            values = {name: value.item() for name, value in terms.items() if name != "perceptual" or args.perceptual != "none"}
-            values["lr"] = lr_at(step, args)
-            if gan:
-                values["logits_real"], values["logits_fake"] = logits.tolist()
-            for name, counts in zip(("prologue", "visual"), used):
-                if len(counts):
-                    values[f"usage_{name}"], values[f"perplexity_{name}"] = code_usage(machine.sum(counts))
-            used = None
-            progress.line(done, values)
-        with progress.paused():
-            if done % args.eval_every == 0 or final:
-                values, (originals, decoded) = evaluate(ema, ar, val, machine, args)
-                progress.write(done, values)
-                machine.print("  held-out, EMA weights: " + "  ".join(f"{k[4:]} {v:.4g}" for k, v in values.items()))
-                if machine.rank == 0:
-                    save_grid(out / "train_stage1.png", [originals[:8], decoded[:8], originals[8:], decoded[8:]])
-            if done % args.save_every == 0 or final:
-                save(done)
-        if referee.stop:
-            machine.print(f"asked to stop: saved after step {done}, go on with --resume")
+        if progress.end_step(step, referee, logged, measure, save):
             break
 
 

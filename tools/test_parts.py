@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_stage1
 from ar import sample_codes
-from common import to_float, to_uint8
+from common import InputError, to_float, to_uint8
 from pretokenize import Images, center_crop
 from test_all import gradients, models
 from tokenizer import attention, nearest_code, unit_norm
@@ -39,7 +40,7 @@ def test_black_images_have_finite_gradients():
     tokenizer, ar, images = models()
     stage1 = Stage1(tokenizer, ar, 3.0)
     black = torch.full_like(images, -1)
-    y, _, vq, ce = stage1(black, torch.zeros(4, dtype=torch.bool))
+    y, _, vq, ce = stage1(black, torch.zeros(4).long(), torch.zeros(4, dtype=torch.bool))
     gan = Discriminator(4)
     loss = (y - black).abs().mean() + vq + ce + F.softplus(-gan.net(y)).mean()
     assert all(g.isfinite().all() for g in gradients(loss, stage1).values())
@@ -143,3 +144,29 @@ def test_prologue_queries_follow_the_image_but_patches_keep_their_place():
     assert (seen["x"][:, 1] == 0).all() and (seen["x"][:, [0, 2, 3, 4]] != 0).any(2).all()  # patch 1 is row 0, column 1
     tokenizer.hidden(images)
     assert torch.equal(seen["x"][0, 1].view(8, 8, 3), images[0, :, :8, 8:16].permute(1, 2, 0))
+
+
+def test_direct_ce_reaches_the_visual_codebook_and_its_input():
+    tokenizer, ar, images = models("2d")
+    stage1 = Stage1(tokenizer, ar, 3.0, direct_ce=True)
+    reconstruction, codes, _, ce = stage1(images, torch.zeros(4).long(), None)
+    torch.testing.assert_close(ce, ar.cross_entropy(codes, torch.zeros(4).long()), rtol=1e-5, atol=1e-5)  # one-hot: the same input
+    grads = gradients(ce, stage1)
+    assert {"tokenizer.visual_quantizer.codebook", "tokenizer.visual_quantizer.proj.weight", "tokenizer.encoder.input.weight",
+            "ar.embedding.weight"} <= grads.keys() and not any("decoder" in name for name in grads)
+
+
+def test_unreadable_images_are_replaced_counted_and_limited(tmp_path, capfd):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(1000):
+            Image.new("L", (8, 8), 100 + i % 3).save(tmp_path / name / f"{i:04}.bmp")
+    for i in (5, 6):
+        (tmp_path / "a" / f"{i:04}.bmp").write_bytes(b"BM")
+    images = Images(tmp_path, 8, "none")
+    (views, index), = images.batches([[(0, 5), (1, 6), (2, 5)]], 0)
+    assert index.tolist() == [5, 6, 5] and (views[:, 0, 0, 0, 0] == torch.tensor([101, 101, 101])).all()  # both by number 7
+    assert capfd.readouterr().err.count("cannot be read") == 2 and images.unreadable == {5, 6}
+    (tmp_path / "b" / "0000.bmp").write_bytes(b"BM")
+    with pytest.raises(InputError, match="b/0000.bmp.*3 such of 2000, more than 0.1%"):
+        list(images.batches([[(3, 1000)]], 0))

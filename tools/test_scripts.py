@@ -1,17 +1,24 @@
-"""Tests of the scripts as a user runs them: what they leave, and the one sentence they end with on bad input.
+"""Tests of the scripts as a user runs them: what they leave, resuming, ranks, and the one sentence that ends bad input.
 
     python -m pytest tools/test_scripts.py
 """
+import functools
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+HERE = Path(__file__).parent.parent
+sys.path.insert(0, str(HERE))
 
 import pretokenize
 import sample
@@ -19,8 +26,112 @@ import train_ar
 import train_stage1
 from common import run, to_float
 from pretokenize import Images
-from test_all import folder, pipeline, script
 from tokenizer import Tokenizer
+
+TEMPORARY = tempfile.TemporaryDirectory()  # gone when the tests end
+
+
+@functools.cache
+def folder():
+    """48 random training and 16 held-out images in two classes."""
+    root = Path(TEMPORARY.name) / "images"
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 8)):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 255, (28, 28, 3), np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def script(name, *args, ranks=1):
+    """Runs a script in a process of its own, or under torchrun, and returns (exit code, stdout + stderr)."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "29533"] if ranks > 1 else []
+    command = [sys.executable, *launcher, HERE / name, *args] + ["--num_workers", "0"] * (name != "fid.py")
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return result.returncode, result.stdout + result.stderr
+
+
+STAGE1 = ["--batch_size", 8, "--warmup", 1, "--hold", 1000, "--eval_images", 8, "--eval_every", 100, "--log_every", 1]
+STAGE2 = ["--batch_size", 8, "--warmup", 1, "--hold", 1000, "--dropout", 0, "--eval_every", 100, "--log_every", 1]
+
+
+def losses(path, *keys):
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [[line[key] for key in keys] for line in lines if keys[0] in line]
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_gradients(path, reference, key):
+    """After one step AdamW's first moment is the gradient times a constant."""
+    a, b = (state(p)[key]["state"] if key == "optimizer" else state(p)[key][0]["state"] for p in (path, reference))
+    assert a.keys() == b.keys() and len(a) > 10
+    for i in a:
+        torch.testing.assert_close(a[i]["exp_avg"], b[i]["exp_avg"], rtol=1e-3, atol=2e-6)
+
+
+@functools.cache
+def pipeline():
+    """The five scripts, four steps of each training."""
+    out = Path(TEMPORARY.name) / "out"
+    data = ["--data", folder() / "train", "--out", out]
+    for name, *args in (("train_stage1.py", *data, "--steps", 4, *STAGE1), ("pretokenize.py", *data, "--flip"),
+                        ("train_ar.py", "--out", out, "--steps", 4, *STAGE2),
+                        ("sample.py", "--out", out, "--num", 6, "--data", folder() / "val"),
+                        ("fid.py", out / "samples.npz", folder() / "train", "--json")):
+        code, text = script(name, *args)
+        assert code == 0, text
+    result = json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+    assert result["count"] == 6 and result["fid"] > 0 and "class_consistency" in result
+    return out
+
+
+def test_resume_continues_the_loss_curve_exactly(tmp_path):
+    data = ["--data", folder() / "train", "--out", tmp_path]
+    (tmp_path / "ar").mkdir()
+    for name in ("codes.npz", "tokenizer.safetensors"):
+        (tmp_path / "ar" / name).write_bytes((pipeline() / name).read_bytes())
+
+    def twice(*command):
+        first, second = (script(*command, "--steps", steps, "--resume") for steps in (2, 4))
+        assert first[0] == second[0] == 0 and "going on from step 2" in second[1], first[1] + second[1]
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda command: twice(*command), (("train_stage1.py", *data, *STAGE1),
+                                                        ("train_ar.py", "--out", tmp_path / "ar", *STAGE2))))
+    keys = ("l1", "vq", "ce", "gan", "discriminator")
+    assert losses(tmp_path / "train_stage1.jsonl", *keys) == losses(pipeline() / "train_stage1.jsonl", *keys)
+    a, b = state(tmp_path / "train_stage1.pt"), state(pipeline() / "train_stage1.pt")
+    for name in ("tokenizer", "ema", "ar", "gan"):
+        assert all(torch.equal(a[name][key], b[name][key]) for key in b[name])
+    resumed, unbroken = (losses(out / "train_ar.jsonl", "ce", "grad_norm") for out in (tmp_path / "ar", pipeline()))
+    assert resumed == unbroken
+
+
+def test_accumulation_and_two_ranks_give_the_gradients_of_one_batch(tmp_path):
+    pipeline()  # before the threads: a cache does not lock
+    variants = (1, []), (1, ["--micro_batch_size", 2]), (2, [])
+
+    def train(number):
+        (ranks, extra), out = variants[number], tmp_path / str(number)
+        out.mkdir()
+        for name in ("codes.npz", "tokenizer.safetensors"):
+            (out / name).write_bytes((pipeline() / name).read_bytes())
+        code, text = script("train_ar.py", "--out", out, "--steps", 1, *STAGE2, *extra, ranks=ranks)
+        assert code == 0, text
+        code, text = script("train_stage1.py", "--data", folder() / "train", "--out", out, "--steps", 1, *STAGE1,
+                            "--gan_weight", 0, *extra, ranks=ranks)  # BatchNorm sees the forward's own batch
+        assert code == 0, text
+        return out
+
+    outs = list(ThreadPoolExecutor(2).map(train, range(3)))
+    for out in outs[1:]:
+        assert_same_gradients(out / "train_stage1.pt", outs[0] / "train_stage1.pt", "optimizers")
+        assert_same_gradients(out / "train_ar.pt", outs[0] / "train_ar.pt", "optimizer")
+
 
 def test_pipeline_leaves_what_it_says():
     names = {"tokenizer.safetensors", "joint_ar.safetensors", "train_stage1.jsonl", "train_stage1.png", "train_stage1.pt",
