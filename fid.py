@@ -217,7 +217,8 @@ def extract(network, source, device, batch_size, title, keep=None):
     moments, score, features, predicted = {}, None, [], []
     for i in tqdm(range(first, last, batch_size), desc=title, unit="batch", disable=RANK > 0):
         batch = source[i:min(i + batch_size, last)]
-        out = network(torch.from_numpy(batch).to(device))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the numbers shall not depend on the card
+            out = network(torch.from_numpy(batch).to(device))
         for name in ("pool", "spatial"):
             if name in out:
                 moments.setdefault(name, Moments()).add(out[name])
@@ -234,7 +235,7 @@ def extract(network, source, device, batch_size, title, keep=None):
         if WORLD > 1:
             gathered = [None] * WORLD if RANK == 0 else None
             dist.gather_object(parts, gathered)
-        if RANK == 0:
+        if RANK == 0 and gathered[0]:
             result[name] = torch.cat([part for parts in gathered for part in parts]).numpy()
     return result
 
@@ -434,7 +435,6 @@ def report(result, args):
 
 def main():
     args = parse_args()
-    torch.backends.cudnn.allow_tf32 = False  # the numbers shall not depend on the card
     if WORLD > 1:
         dist.init_process_group("gloo")  # only float64 sums and gathered features travel, on the CPU
         if args.device == "cuda":

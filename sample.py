@@ -7,10 +7,11 @@
 
 Label and noise of an image are functions of its index and the seed, so batch size and ranks change nothing. In --out it
 leaves samples.png, fixed_prologue.png, reconstructions.png, samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels) and
-samples.json, the settings they were drawn with.
+samples.json, the settings they were drawn with. With --sweep it leaves only sweep.json: gFID for every combination.
 """
 import argparse
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import fid
 from ar import AR, SCHEDULES, check_pair, guidance
 from common import InputError, Machine, SharedRows, common_flags, run, save_grid, to_float, to_uint8, writing
 from pretokenize import EMBEDDED, Images
@@ -58,15 +60,11 @@ def noise_for(seed, indices, count):
 
 
 class Sampler:
-    """Draws codes and pixels with the flags' guidance and temperatures."""
+    """Draws codes and pixels; `settings` are the keyword arguments of AR.generate, batch_size that of all ranks together."""
 
-    def __init__(self, ar, tokenizer, machine, args):
-        self.ar, self.tokenizer, self.machine, self.seed = ar, tokenizer, machine, args.seed
-        self.count, self.batch_size = ar.cfg.num_prologue + ar.cfg.num_visual, max(1, args.batch_size // machine.world)
-        ar.requires_grad_(machine.dtype != torch.float32)  # autocast keeps its casts of weights only where these need gradients
-        self.settings = {key: getattr(args, key) for key in (
-            "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_schedule_prologue", "cfg_power",
-            "temperature", "temperature_prologue", "top_k", "top_p")}
+    def __init__(self, ar, tokenizer, machine, seed, batch_size, settings):
+        self.ar, self.tokenizer, self.machine, self.seed, self.settings = ar, tokenizer, machine, seed, settings
+        self.count, self.batch_size = ar.cfg.num_prologue + ar.cfg.num_visual, max(1, batch_size // machine.world)
 
     def codes(self, labels, indices, prologue=None):
         """labels (n,), image indices (n,), prologue (n, K) or None -> codes (n, K+N), --batch_size at a time"""
@@ -132,6 +130,52 @@ def draw_many(sampler, num, machine, path):
     rows.pack("arr_0", arr_1=labels.numpy())
 
 
+class Drawn:
+    """Images 0 .. num - 1 of a sampler as a source for fid.extract, each drawn when it is read."""
+
+    def __init__(self, sampler, num):
+        self.sampler, self.num = sampler, num
+
+    def __len__(self):
+        return self.num
+
+    def __getitem__(self, part):
+        index = torch.arange(self.num)[part]
+        return self.sampler.pixels(self.sampler.codes(index % self.sampler.ar.cfg.num_classes, index)).numpy()
+
+
+def generation_fid(sampler, num, network, reference):
+    """gFID and Inception Score of `num` images, each class equally often, drawn and measured by all ranks."""
+    drawn = fid.extract(network, Drawn(sampler, num), sampler.machine.device, sampler.batch_size, "samples", keep=0)
+    return {"gfid": fid.frechet_distance(*drawn["pool"], *reference["pool"]), "inception_score": drawn["inception_score"]}
+
+
+def sweep(sampler, args, out):
+    """A table of every combination of the values in --sweep, best gFID first."""
+    size, device, lists = sampler.tokenizer.cfg.image_size, sampler.machine.device, {}
+    for text in args.sweep:
+        key, _, values = text.partition("=")
+        try:
+            lists[key] = [type(sampler.settings[key])(value) for value in values.split(",")]
+        except (KeyError, ValueError):
+            raise InputError(f"--sweep {text}: wanted is a name of {', '.join(sampler.settings)}, '=', and values with "
+                             "commas between them") from None
+    network = fid.feature_network("auto", size, args.inception, device)[1]
+    reference = fid.reference_features(args.reference, network, device, sampler.batch_size, cache=False, size=size)
+    base, rows = sampler.settings, []
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values))
+        sampler.settings = base | chosen
+        rows.append(chosen | generation_fid(sampler, args.num, network, reference))
+        sampler.machine.print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
+    rows.sort(key=lambda row: row["gfid"])
+    if sampler.machine.rank == 0:
+        with writing(out / "sweep.json") as temporary:
+            temporary.write_text(json.dumps({"settings": base, "num": args.num, "seed": args.seed, "rows": rows}, indent=1))
+        print("\n".join("  ".join(f"{text:>{max(10, len(name))}}" for name, text in zip(rows[0], line)) for line in
+                        [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]))
+
+
 def parse_args():
     preset = argparse.ArgumentParser(add_help=False)
     preset.add_argument("--preset", choices=PRESETS, help="sampling defaults of a row of the paper's table A5")
@@ -146,6 +190,10 @@ def parse_args():
     flag("--export", metavar="DIR", help="only write both models there as single files, also released ones")
     flag("--num", "--num_samples", type=int, default=1000,
          help="images in samples.npz, 0 for only the grids; under torchrun, which takes --num for its own, --num_samples")
+    flag("--sweep", nargs="+", metavar="NAME=VALUE,VALUE", help="only measure gFID of --num images for each combination of the "
+         "values, as in: --sweep cfg_visual=1.5,2,3 cfg_power=0.2,0.5 temperature=0.9,1.0")
+    flag("--reference", default=str(EMBEDDED / "train"), help="npz, folder or zip that --sweep compares with")
+    flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for --sweep, instead of downloading them")
     flag("--classes", nargs="+", metavar="CLASS", help="names or numbers of the grids' classes; by default ten of all")
     flag("--columns", type=int, default=10, help="images per row of a grid")
     flag("--cfg_visual", type=float,
@@ -182,7 +230,12 @@ def main():
             tokenizer.save(Path(args.export) / "tokenizer.safetensors")
             ar.save(Path(args.export) / "ar.safetensors")
         return
-    sampler = Sampler(ar, tokenizer, machine, args)
+    ar.requires_grad_(machine.dtype != torch.float32)  # autocast keeps its casts of weights only where these need gradients
+    sampler = Sampler(ar, tokenizer, machine, args.seed, args.batch_size, {key: getattr(args, key) for key in (
+        "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_schedule_prologue", "cfg_power",
+        "temperature", "temperature_prologue", "top_k", "top_p")})
+    if args.sweep:
+        return sweep(sampler, args, out)
     classes = class_numbers(args.classes, ar)
     if args.cfg_visual != 1:
         scales = (f"{guidance(args.cfg_visual, args.cfg_schedule, args.cfg_power, t):.2f}" for t in (0, 0.25, 0.5, 0.75, 1))

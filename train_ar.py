@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
+import fid
 from ar import AR, SIZES, ARConfig, check_pair
 from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
                     save_state, step_generator, to_uint8, training_flags, visited)
-from fid import map_npz
+from pretokenize import EMBEDDED
+from sample import PRESETS, Sampler, generation_fid, sampling_defaults
 from tokenizer import Tokenizer, TokenizerConfig
 
 # Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
@@ -50,7 +52,7 @@ class Tokens:
         if not Path(path).is_file():
             raise InputError(f"{path} does not exist; make it with pretokenize.py, or name another with --codes")
         try:  # the codes are mapped from the file, so the processes of a node share one copy
-            self.codes, self.labels, config = (map_npz(path, name) for name in ("codes", "labels", "config"))
+            self.codes, self.labels, config = (fid.map_npz(path, name) for name in ("codes", "labels", "config"))
             config = json.loads(str(config))
             self.classes, self.fingerprint = config["classes"], config["fingerprint"]
         except (ValueError, TypeError, KeyError) as error:
@@ -122,8 +124,16 @@ def parse_args():
     flag("--class_dropout", type=float, default=0.1, help="share of images trained without their class")
     flag("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 = off")
     flag("--eval_images", type=positive, default=2000, help="held-out images per evaluation")
+    flag("--fid_every", type=int, default=0, help="steps between gFIDs, a multiple of --eval_every; 0 = never")
+    flag("--fid_samples", type=positive, default=2000, help="images drawn for each gFID")
+    flag("--reference", default=str(EMBEDDED / "train"), help="npz, folder or zip that gFID compares with")
+    flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for gFID, instead of downloading them")
+    flag("--preset", choices=PRESETS, help="row of the paper's table A5 whose guidance gFID is measured with, beside none")
     training_flags(parser, recipe)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.fid_every % args.eval_every:
+        parser.error(f"--fid_every {args.fid_every} is not a multiple of --eval_every {args.eval_every}")
+    return args
 
 
 def main():
@@ -165,6 +175,10 @@ def main():
     def measure():
         ar.eval()
         values = evaluate(ar, val, machine, args.eval_images) if val else {}
+        for mode in ("", "_no_cfg") if args.fid_every and (step + 1) % args.fid_every == 0 else ():
+            sampler = Sampler(ar, tokenizer, machine, args.seed, 100 * machine.world, sampling_defaults(args.preset, mode))
+            measured = generation_fid(sampler, args.fid_samples, network, reference)
+            values |= {f"val_{key}{mode}": value for key, value in measured.items()}
         if machine.rank == 0:
             draw(ar, tokenizer, machine, out / "train_ar.png")
         ar.train()
@@ -173,6 +187,9 @@ def main():
     def logged():
         return {"ce": loss.item(), "nats": loss.item() * ar.length, "grad_norm": norm.item(), "lr": lr_at(step, args)}
 
+    if args.fid_every:
+        network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, machine.device)[1]
+        reference = fid.reference_features(args.reference, network, machine.device, 100, False, tokenizer.cfg.image_size)
     progress, referee = Progress(out / "train_ar.jsonl", machine, args, start), Referee(machine)
     machine.print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters, {len(tokens.codes)} images x "
                   f"{tokens.codes.shape[1]} crops x {tokens.codes.shape[2]} codes, {len(tokens.classes)} classes")

@@ -150,7 +150,7 @@ def test_direct_ce_reaches_the_visual_codebook_and_its_input():
     tokenizer, ar, images = models("2d")
     stage1 = Stage1(tokenizer, ar, 3.0, direct_ce=True)
     reconstruction, codes, _, ce = stage1(images, torch.zeros(4).long(), None)
-    torch.testing.assert_close(ce, ar.cross_entropy(codes, torch.zeros(4).long()), rtol=1e-5, atol=1e-5)  # one-hot: the same input
+    torch.testing.assert_close(ce, ar.cross_entropy(codes, torch.zeros(4).long()), rtol=1e-5, atol=1e-5)
     grads = gradients(ce, stage1)
     assert {"tokenizer.visual_quantizer.codebook", "tokenizer.visual_quantizer.proj.weight", "tokenizer.encoder.input.weight",
             "ar.embedding.weight"} <= grads.keys() and not any("decoder" in name for name in grads)
