@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, read_checkpoint, save_checkpoint
+from common import InputError, Linear, product, read_checkpoint, save_checkpoint
 from tokenizer import RMSNorm, Transformer, fold, init_weights, is_onestage, released_shard, rope_angles, rope_axis_dims
 
 # Paper table A4, but XL is 32 x 1280: the table's 24 x 2048 is a typo, its authors say. S is the joint AR of stage 1, nano
@@ -93,6 +93,35 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return torch.searchsorted(cdf, threshold, right=True)[:, 0]
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of hidden @ weight.T in about 64 MB of fp32 logits at a time: for all positions they never exist.
+    The gradients are made in the forward, while a part's logits are at hand, and only scaled in the backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target):
+        """hidden (T, D), weight (vocab, D), target (T,) -> scalar in nats"""
+        device, total = hidden.device.type, 0.0
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        d_hidden, d_weight, chunk = torch.empty_like(hidden), torch.zeros_like(weight), max(1, 2**24 // len(weight))
+        with torch.autocast(device, enabled=False):
+            w = weight.to(dtype)
+            for h, t, d in zip(hidden.split(chunk), target.split(chunk), d_hidden.split(chunk)):
+                h = h.to(dtype)
+                log_p = product(h, w).float().log_softmax(-1)  # (chunk, vocab)
+                total = total - log_p.gather(1, t[:, None]).sum()
+                p = log_p.exp_().scatter_add_(1, t[:, None], log_p.new_full((len(t), 1), -1.0)).to(dtype)  # p - onehot
+                d.copy_(product(p, w.T))
+                d_weight += product(p.T, h.T)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total / len(target)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        d_hidden, d_weight = ctx.saved_tensors
+        scale = gradient / len(d_hidden)
+        return d_hidden * scale, d_weight * scale, None
+
+
 class AR(nn.Module):
     """Decoder-only transformer; labels (B,) int64 in [0, num_classes], where num_classes means unconditional."""
 
@@ -107,7 +136,7 @@ class AR(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
         self.transformer = Transformer(cfg.layers, cfg.dim, cfg.head_dim, 11 / 4, bias=False, dropout=cfg.dropout)
         self.norm = RMSNorm(cfg.dim)
-        self.head = nn.Linear(cfg.dim, vocab, bias=False)
+        self.head = Linear(cfg.dim, vocab, bias=False)
         self.bos.apply(init_weights), self.embedding.apply(init_weights), self.head.apply(init_weights)
         # Of the three RoPE axes only l moves along a 1D sequence, so only the first l dimensions of a head turn.
         positions = torch.arange(self.length, device="cpu")
@@ -150,9 +179,10 @@ class AR(nn.Module):
 
     def cross_entropy(self, codes, labels, onehot=None, drop=None, reduction="mean"):
         """CE in nats of every token over the whole vocabulary, EOS included: the mean, or (B, L) with "none"."""
-        logits = self(codes, labels, onehot, drop).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), self.sequence(codes).flatten(), reduction=reduction)
-        return loss if reduction == "mean" else loss.view(len(codes), self.length)
+        hidden, tokens = self.hidden(codes, labels, onehot, drop), self.sequence(codes)
+        if reduction == "mean":
+            return LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head.weight, tokens.flatten())
+        return torch.stack([F.cross_entropy(self.head(h).float(), t, reduction="none") for h, t in zip(hidden, tokens)])
 
     def step(self, x, caches, rows, start):
         """Runs inputs x (rows, T, D) at positions start.. through the cache -> last hidden state (rows, D)."""
@@ -188,7 +218,7 @@ class AR(nn.Module):
 
         def draw(h, first, last, u, scale, temperature):
             """Hidden states -> codes (B,) out of the vocabulary's rows first..last, the only logits computed."""
-            logits = F.linear(h, self.head.weight[first:last]).float()  # (B or 2B, last-first)
+            logits = product(h, self.head.weight[first:last]).float()  # (B or 2B, last-first)
             if len(logits) > batch:
                 logits = scale * logits[cond] + (1 - scale) * logits[uncond]
             return sample_codes(logits, u, temperature, top_k, top_p)

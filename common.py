@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -19,7 +20,9 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -179,6 +182,40 @@ def common_flags(parser, batch_size):
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto is bf16 on CUDA and fp32 elsewhere")
     flag("--compile", action="store_true", help="torch.compile what is hot")
     flag("--num_workers", type=int, default=min(8, (os.cpu_count() or 1) // 2), help="processes that decode images, per rank")
+
+
+# torch multiplies fp32 matrices on x86 by MKL, which takes slow paths on AMD processors; oneDNN, also in every build, does not.
+ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+
+
+def product(a, b, bias=None):
+    """a (..., n) @ b.T for b (m, n), plus bias (m,): by oneDNN for fp32 on the CPU. No gradients: for those see Linear."""
+    if not (ONEDNN and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32) or torch.is_autocast_enabled("cpu"):
+        return F.linear(a, b, bias)
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class ProductWithGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        flat, needed = gradient.flatten(0, -2), ctx.needs_input_grad  # (T, m)
+        return (product(gradient, weight.T) if needed[0] else None, product(flat.T, x.flatten(0, -2).T) if needed[1] else None,
+                flat.sum(0) if needed[2] else None)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `product`."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return super().forward(x)
+        return ProductWithGradients.apply(x, self.weight, self.bias)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import InputError, exact_fp32, open_safetensors, read_checkpoint, save_checkpoint
+from common import InputError, Linear, exact_fp32, open_safetensors, product, read_checkpoint, save_checkpoint
 
 try:
     from flash_attn import flash_attn_func
@@ -104,9 +104,9 @@ class Attention(nn.Module):
     def __init__(self, dim, head_dim, bias):
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.qkv = Linear(dim, 3 * dim, bias=False)
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.out = Linear(dim, dim, bias=bias)
 
     def forward(self, x, cos, sin, causal=False, cache=None, mask=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)  # each (B, T, heads, d)
@@ -122,8 +122,8 @@ class MLP(nn.Module):
 
     def __init__(self, dim, hidden, bias):
         super().__init__()
-        self.fc1 = nn.Linear(dim, 2 * hidden, bias=bias)
-        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.fc1 = Linear(dim, 2 * hidden, bias=bias)
+        self.fc2 = Linear(hidden, dim, bias=bias)
 
     def forward(self, x):
         a, b = self.fc1(x).chunk(2, -1)  # each (B, T, hidden)
@@ -176,8 +176,8 @@ def nearest_code(z, codebook, chunk=1024):
 
     Works through `chunk` vectors at a time, so no more than chunk x V similarities exist at once.
     """
-    codes = unit_norm(codebook.float()).T  # (c, V)
-    return torch.cat([(part @ codes).argmax(-1) for part in z.flatten(0, -2).split(chunk)]).view(z.shape[:-1])
+    codes = unit_norm(codebook.float())  # (V, c)
+    return torch.cat([product(part, codes).argmax(-1) for part in z.flatten(0, -2).split(chunk)]).view(z.shape[:-1])
 
 
 class VisualQuantizer(nn.Module):
@@ -185,7 +185,7 @@ class VisualQuantizer(nn.Module):
 
     def __init__(self, dim, codebook_size, code_dim):
         super().__init__()
-        self.proj = nn.Linear(dim, code_dim)
+        self.proj = Linear(dim, code_dim)
         init_weights(self.proj)
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim) * code_dim**-0.5)
 
@@ -221,7 +221,7 @@ class PrologueQuantizer(nn.Module):
     def __init__(self, dim, codebook_size, code_dim, tau):
         super().__init__()
         self.tau = tau
-        self.proj = nn.Linear(dim, code_dim)
+        self.proj = Linear(dim, code_dim)
         init_weights(self.proj)
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim) * code_dim**-0.5)
 
@@ -276,7 +276,7 @@ class Encoder(nn.Module):
     def __init__(self, in_dim, size, queries, angles, head_dim, hidden_ratio):
         super().__init__()
         layers, dim = size
-        self.input = nn.Linear(in_dim, dim)
+        self.input = Linear(in_dim, dim)
         init_weights(self.input)
         self.queries = nn.Parameter(torch.randn(queries, dim) * 0.02) if queries else None
         self.transformer = Transformer(layers, dim, head_dim, hidden_ratio, bias=True)
@@ -297,7 +297,7 @@ class Decoder(Encoder):
         queries, angles = (cfg.num_visual, torch.cat([line, patches])) if cfg.layout == "1d" else (0, patches)
         super().__init__(cfg.code_dim, cfg.decoder, queries, angles, cfg.head_dim, 8 / 3)
         self.norm = RMSNorm(cfg.decoder[1])
-        self.out = nn.Linear(cfg.decoder[1], 3 * cfg.patch_size**2)
+        self.out = Linear(cfg.decoder[1], 3 * cfg.patch_size**2)
         init_weights(self.out)
 
     def forward(self, q):

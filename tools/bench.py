@@ -116,9 +116,12 @@ def bench_stage1(args, batch_size):
             for part in [tokenizer.encoder, tokenizer.decoder] + ([ar] if ar else []):
                 part.angles = part.angles.to("meta")
             images = torch.empty(batch_size, 3, cfg.image_size, cfg.image_size)
-            y, _, vq, ce = train_stage1.Stage1(tokenizer, ar, 3.0)(
-                images, torch.empty(batch_size, dtype=torch.int64), torch.empty(batch_size, dtype=torch.bool))
-            (y.mean() + vq + ce + gan.net(y).mean()).backward()
+            y, codes, onehot, vq = tokenizer(images)
+            loss = y.mean() + vq + gan.net(y).mean()
+            if ar:
+                labels, drop = torch.empty(batch_size, dtype=torch.int64), torch.empty(batch_size, dtype=torch.bool)
+                loss = loss + ar(codes, labels, onehot, drop).mean()
+            loss.backward()
             real, fake, _ = gan(images, y, False)
             (real.mean() + fake.mean()).backward()
 
