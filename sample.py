@@ -1,6 +1,6 @@
 """Draw images: a class grid, a fixed-prologue grid, reconstructions, and an .npz of many samples for fid.py.
 
-    python sample.py                                        # from out/tokenizer.safetensors and out/ar.safetensors
+    python sample.py                                        # the pair in out/, or checkpoints/fashion_mnist before there is one
     python sample.py --classes bag sneaker --cfg_visual 3   # a grid of chosen classes, by name or number
     torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --preset prologue-l-xl \
         --tokenizer ckpts/prologue-l-tokenizer --ar ckpts/ar-prologue-l-xl
@@ -52,6 +52,14 @@ def sampling_defaults(preset, no_cfg):
         temperatures = 1.0, 1.0
     return dict(cfg_prologue=prologue, cfg_visual=visual, cfg_power=power, temperature_prologue=temperatures[0],
                 temperature=temperatures[1])
+
+
+def default_pair(args):
+    """Paths of tokenizer and AR model: --tokenizer and --ar, else those in --out, else the pair that comes with the code."""
+    folder = Path(args.out)
+    if not (args.tokenizer or args.ar or any((folder / name).exists() for name in ("tokenizer.safetensors", "ar.safetensors"))):
+        folder = Path(__file__).parent / "checkpoints" / "fashion_mnist"
+    return args.tokenizer or folder / "tokenizer.safetensors", args.ar or folder / "ar.safetensors"
 
 
 def noise_for(seed, indices, count):
@@ -217,7 +225,8 @@ def parse_args():
 def main():
     args = parse_args()
     machine, out = Machine(args), Path(args.out)
-    paths = args.tokenizer or out / "tokenizer.safetensors", args.ar or out / "ar.safetensors"
+    paths = default_pair(args)
+    machine.print(f"{paths[0]} and {paths[1]}")
     tokenizer = Tokenizer.load(paths[0]).to(machine.device)
     ar = AR.load(paths[1], tokenizer).to(machine.device)
     check_pair(tokenizer, ar, names=paths)

@@ -10,7 +10,7 @@ row() {  # name, then the flags that differ
     [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0
     $LAUNCH train_stage1.py --size B --data "$DATA/train" --compile --out "$RUNS/$name" "$@"
     tokens "$name"
-    $LAUNCH train_ar.py --size B --compile --out "$RUNS/$name" --steps "${AR_STEPS:-1000000}"
+    $LAUNCH train_ar.py --size B --compile --out "$RUNS/$name" $AR_FLAGS
 }
 row p256  --prologue_codebook_size 256 "$@"
 row p4096 --prologue_codebook_size 4096 "$@"
