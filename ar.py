@@ -173,9 +173,9 @@ class AR(nn.Module):
         x = self.drop(torch.cat([self.bos(labels)[:, None], x], 1))  # (B, L, D)
         return self.norm(self.transformer(x, self.angles, causal=True))
 
-    def forward(self, codes, labels, onehot=None, drop=None):
-        """codes (B, K+N), labels (B,) -> logits (B, L, vocab)"""
-        return self.head(self.hidden(codes, labels, onehot, drop))
+    def forward(self, codes, labels, onehot=None, drop=None, loss=False):
+        """codes (B, K+N), labels (B,) -> logits (B, L, vocab), or with `loss` their mean cross-entropy"""
+        return self.cross_entropy(codes, labels, onehot, drop) if loss else self.head(self.hidden(codes, labels, onehot, drop))
 
     def cross_entropy(self, codes, labels, onehot=None, drop=None, reduction="mean"):
         """CE in nats of every token over the whole vocabulary, EOS included: the mean, or (B, L) with "none"."""
@@ -196,8 +196,7 @@ class AR(nn.Module):
 
     @torch.no_grad()
     def generate(self, labels, cfg_prologue=1.0, cfg_visual=1.0, cfg_schedule="cosine", cfg_power=1.0,
-                 cfg_schedule_prologue="constant", temperature=1.0, temperature_prologue=None, top_k=0, top_p=1.0,
-                 prologue=None, generator=None, noise=None):
+                 temperature=1.0, temperature_prologue=None, top_k=0, top_p=1.0, prologue=None, generator=None, noise=None):
         """Samples codes (B, K+N) for labels (B,).
 
         cfg_*: classifier-free guidance per token group, 1 = off, s * cond + (1 - s) * uncond (`guidance`); below 1 it
@@ -229,8 +228,7 @@ class AR(nn.Module):
             x = torch.cat([bos, bos_uncond]) if guided_prologue else bos  # (rows, 1, D)
             for i in range(k):
                 h = self.step(x, caches, rows, i)
-                scale = guidance(cfg_prologue, cfg_schedule_prologue, cfg_power, i / k)
-                codes[:, i] = draw(h, v, self.eos, noise[:, i], scale, temperature_prologue or temperature)
+                codes[:, i] = draw(h, v, self.eos, noise[:, i], cfg_prologue, temperature_prologue or temperature)
                 x = self.embedding(codes[:, i] + v)[:, None].repeat(1 + guided_prologue, 1, 1)
         elif k:
             codes[:, :k] = prologue

@@ -155,8 +155,14 @@ def positive(text):
     return int(text)
 
 
-def training_flags(parser, recipe):
-    """The flags that both trainers share, with the defaults of a recipe."""
+def training_parser(description, sizes, recipes):
+    """A parser with --size and the flags that both trainers share, whose defaults are that size's recipe; and the size."""
+    size = argparse.ArgumentParser(add_help=False)
+    size.add_argument("--size", default="tiny", choices=sizes, help="sets the defaults below; see --size B --help")
+    chosen = size.parse_known_args()[0].size
+    parser = argparse.ArgumentParser(description=description, parents=[size],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    recipe = recipes[chosen]
     flag = parser.add_argument
     flag("--steps", type=positive, default=recipe["steps"], help="length of the whole run, which the learning rate follows")
     flag("--micro_batch_size", type=positive, help="images per forward and rank; by default all of the rank's share")
@@ -168,8 +174,8 @@ def training_flags(parser, recipe):
     flag("--eval_every", type=positive, default=recipe["eval_every"], help="steps between held-out measures and pictures")
     flag("--save_every", type=positive, default=recipe["save_every"], help="steps between saved states")
     flag("--resume", action="store_true", help="go on from the training state in --out, if there is one")
-    flag("--wandb", action="store_true", help="also log to Weights & Biases")
     common_flags(parser, recipe["batch_size"])
+    return parser, chosen
 
 
 def common_flags(parser, batch_size):
@@ -213,9 +219,8 @@ class Linear(nn.Linear):
     """nn.Linear by `product`."""
 
     def forward(self, x):
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return super().forward(x)
-        return ProductWithGradients.apply(x, self.weight, self.bias)
+        plain = x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        return super().forward(x) if plain else ProductWithGradients.apply(x, self.weight, self.bias)
 
 
 @contextlib.contextmanager
@@ -253,18 +258,12 @@ class Machine:
             raise InputError(f"--batch_size {args.batch_size} cannot be divided among {self.world} ranks")
         if "RANK" in os.environ:
             dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-        self.compile = args.compile and self.can_compile()
+        from torch.utils._triton import has_triton  # there is none on Windows
+        can_compile = {"cuda": has_triton, "cpu": lambda: shutil.which(os.environ.get("CXX", "g++"))}.get(name, lambda: False)
+        self.compile = args.compile and bool(can_compile())
         from tokenizer import attention_backend  # here, because tokenizer.py imports this file
         self.print(f"{self.world} x {name}, {str(self.dtype)[6:]}, attention by {attention_backend(self.device, self.dtype)}"
-                   + (", compiled" if self.compile else ""))
-
-    def can_compile(self):
-        """torch.compile needs Triton on CUDA (there is none on Windows), a C++ compiler on the CPU, and is not for MPS."""
-        from torch.utils._triton import has_triton
-        works = {"cuda": has_triton(), "cpu": shutil.which(os.environ.get("CXX", "g++"))}.get(self.device.type)
-        if not works:
-            self.print("--compile: neither Triton nor a C++ compiler for this device, running uncompiled")
-        return bool(works)
+                   + (", compiled" if self.compile else ", uncompiled: --compile finds no compiler" if args.compile else ""))
 
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -353,14 +352,8 @@ class Progress:
     """The .jsonl log and the line on screen of a training run; only rank 0 writes."""
 
     def __init__(self, path, machine, args, step):
-        self.path, self.machine, self.args, self.wandb = Path(path), machine, args, None
+        self.path, self.machine, self.args = Path(path), machine, args
         self.clock, self.images, self.start = time.perf_counter(), 0, step
-        if args.wandb and machine.rank == 0:
-            try:
-                import wandb
-            except ImportError:
-                raise InputError("--wandb needs the package wandb: pip install wandb") from None
-            self.wandb = wandb.init(project="prologue", config=vars(args))
 
     def truncate(self):
         """Empties the log, or on resuming forgets what was logged after the state was saved, and a line cut off by a kill."""
@@ -376,8 +369,6 @@ class Progress:
                 self.truncate()
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step} | values) + "\n")
-            if self.wandb:
-                self.wandb.log(values, step=step)
 
     def line(self, step, values):
         """Logs and prints the values, means over the ranks, with images/s since the last line and the time left."""

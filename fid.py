@@ -107,9 +107,8 @@ class ImageSource:
 
     def __init__(self, path, crop=None):
         path = self.path = Path(path)
-        self.crop, self.lossy = crop, False
+        self.crop, self.lossy, self.array, self.names = crop, False, None, None
         self.archive = next((p for p in (path, *path.parents) if p.suffix.lower() == ".zip" and p.is_file()), None)
-        self.array, self.names = None, None
         if path.suffix == ".npz" and path.is_file():
             self.array = map_npz(path, "arr_0")
             kind = "missing" if self.array is None else f"{self.array.dtype} of shape {self.array.shape}"
@@ -162,7 +161,6 @@ class ImageSource:
 
 
 def sum_ranks(*tensors):
-    """Each tensor becomes its sum over the ranks."""
     for tensor in tensors if WORLD > 1 else ():
         dist.all_reduce(tensor)
 
@@ -427,10 +425,9 @@ def distances(samples, against, name):
 
 
 def report(result, args):
-    if args.json and not RANK:
-        print(json.dumps(result))
-    for measure, value in result.items() if not (args.json or RANK) else ():
-        print(f"{measure:18} {value:.4f}" if isinstance(value, float) else f"{measure:18} {value}")
+    table = "\n".join(f"{k:18} {v:.4f}" if isinstance(v, float) else f"{k:18} {v}" for k, v in result.items())
+    if not RANK:
+        print(json.dumps(result) if args.json else table)
 
 
 def main():
@@ -474,7 +471,6 @@ def main():
     pairs = source.result() if originals else {}
     if RANK:
         return
-
     result = {"samples": name, "reference": str(reference or args.data), "features": kind, "count": len(source)}
     result |= distances(samples, against, "rfid" if originals and not (args.tokenizer and reference) else "fid")
     result["inception_score"] = samples["inception_score"]

@@ -115,10 +115,8 @@ class Images(torch.utils.data.Dataset):
         folders = [n.rpartition("/")[0].split("/")[0] for n in self.names]
         if set(folders) == {""} and (table := self.find_csv()):
             folders = [table.get(Path(n).stem, "") for n in self.names]
-        self.classes = sorted(set(folders))
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([number[folder] for folder in folders])
-        self.unreadable = set()
+        classes, self.labels = np.unique(folders, return_inverse=True)
+        self.classes, self.unreadable = classes.tolist(), set()
 
     def find_csv(self):
         """{file stem: class} of the LOC_val_solution.csv in a folder above the images, or None."""
@@ -261,10 +259,9 @@ def main():
                   "data": str(data), "crops": crops, "flip": flip}
         codes = tokenize(tokenizer, images, machine, args, Path(args.out) / name,
                          dict(labels=images.labels, config=json.dumps(config)))
-        if machine.rank == 0:
-            cfg, used = tokenizer.cfg, [len(np.unique(part)) for part in np.split(codes, [tokenizer.cfg.num_prologue], axis=2)]
-            print(f"{Path(args.out) / name}: {codes.shape[0]} images x {codes.shape[1]} crops x {codes.shape[2]} codes, in use: "
-                  f"{used[0]}/{cfg.prologue_codebook_size} prologue, {used[1]}/{cfg.codebook_size} visual")
+        used = [len(np.unique(part)) for part in np.split(codes, [tokenizer.cfg.num_prologue], axis=2)]
+        machine.print(f"{Path(args.out) / name}: {' x '.join(map(str, codes.shape))} images x crops x codes; in use "
+                      f"{used[0]} prologue codes, {used[1]} visual codes")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import fid
-from ar import AR, SCHEDULES, check_pair, guidance
+from ar import AR, SCHEDULES, check_pair
 from common import InputError, Machine, SharedRows, common_flags, run, save_grid, to_float, to_uint8, writing
 from pretokenize import EMBEDDED, Images
 from tokenizer import Tokenizer
@@ -45,13 +45,10 @@ PRESETS = {
 
 def sampling_defaults(preset, no_cfg):
     """Defaults of the sampling flags for --preset and --no_cfg; the tiny demo's where there is no preset."""
-    (prologue, visual, power), temperatures = PRESETS[preset] if preset else ((1.0, 2.0, 0.25), (1.0, 1.0))
-    if no_cfg:
-        prologue, visual = 1.0, 1.0
-    else:
-        temperatures = 1.0, 1.0
-    return dict(cfg_prologue=prologue, cfg_visual=visual, cfg_power=power, temperature_prologue=temperatures[0],
-                temperature=temperatures[1])
+    (*scales, power), temperatures = PRESETS[preset] if preset else ((1.0, 2.0, 0.25), (1.0, 1.0))
+    scales, temperatures = ((1.0, 1.0), temperatures) if no_cfg else (scales, (1.0, 1.0))
+    names = "cfg_prologue", "cfg_visual", "cfg_power", "temperature_prologue", "temperature"
+    return dict(zip(names, (*scales, power, *temperatures)))
 
 
 def default_pair(args):
@@ -116,14 +113,11 @@ def fixed_prologue_grid(sampler, classes, columns):
 def reconstruction_grid(sampler, data, columns):
     """Originals above their reconstructions, spread over the data."""
     images = Images(data, sampler.tokenizer.cfg.image_size)
-    rows = []
-    for start in range(4):
-        index = [(start * columns + i) * len(images) // (4 * columns) for i in range(columns)]
-        x = to_float(torch.stack([images[i, i][0][0] for i in index])).to(sampler.machine.device)
-        with sampler.machine.autocast():
-            codes = sampler.tokenizer.encode(x)
-        rows += [to_uint8(x), sampler.pixels(codes)]
-    return rows
+    index = [i * len(images) // (4 * columns) for i in range(4 * columns)]
+    x = to_float(torch.stack([images[i, i][0][0] for i in index])).to(sampler.machine.device)
+    with sampler.machine.autocast():
+        decoded = sampler.pixels(sampler.tokenizer.encode(x))
+    return [row for pair in zip(to_uint8(x).split(columns), decoded.split(columns)) for row in pair]
 
 
 def draw_many(sampler, num, machine, path):
@@ -175,7 +169,6 @@ def sweep(sampler, args, out):
         chosen = dict(zip(lists, values))
         sampler.settings = base | chosen
         rows.append(chosen | generation_fid(sampler, args.num, network, reference))
-        sampler.machine.print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
     rows.sort(key=lambda row: row["gfid"])
     if sampler.machine.rank == 0:
         with writing(out / "sweep.json") as temporary:
@@ -208,7 +201,6 @@ def parse_args():
          help="guidance of the visual tokens: 1 = off, s * cond + (1 - s) * uncond; below 1 it pulls towards unconditional")
     flag("--cfg_prologue", type=float, help="guidance of the prologue tokens, in the same sense")
     flag("--cfg_schedule", default="cosine", choices=SCHEDULES, help="how the visual scale grows from 1 along the sequence")
-    flag("--cfg_schedule_prologue", default="constant", choices=SCHEDULES, help="the same for the prologue scale")
     flag("--cfg_power", type=float, help="power of the progress in the schedule; smaller grows earlier")
     flag("--temperature", type=float, help="of the visual tokens")
     flag("--temperature_prologue", type=float, help="of the prologue tokens")
@@ -241,15 +233,10 @@ def main():
         return
     ar.requires_grad_(machine.dtype != torch.float32)  # autocast keeps its casts of weights only where these need gradients
     sampler = Sampler(ar, tokenizer, machine, args.seed, args.batch_size, {key: getattr(args, key) for key in (
-        "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_schedule_prologue", "cfg_power",
-        "temperature", "temperature_prologue", "top_k", "top_p")})
+        "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_power", "temperature", "temperature_prologue", "top_k", "top_p")})
     if args.sweep:
         return sweep(sampler, args, out)
     classes = class_numbers(args.classes, ar)
-    if args.cfg_visual != 1:
-        scales = (f"{guidance(args.cfg_visual, args.cfg_schedule, args.cfg_power, t):.2f}" for t in (0, 0.25, 0.5, 0.75, 1))
-        machine.print("visual guidance at 0, 1/4, 1/2, 3/4 and the end of the image:", " ".join(scales))
-
     if machine.rank == 0:
         names = [f"{i} {ar.cfg.classes[i]}" if ar.cfg.classes else str(i) for i in classes]
         labels = torch.tensor(classes).repeat_interleave(args.columns)

@@ -6,11 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from ar import AR, ARConfig, check_pair, guidance, sample_codes
-from common import InputError
-from tokenizer import LAYOUTS, Tokenizer, TokenizerConfig, nearest_code, prob_ste, unit_norm
+from ar import AR, ARConfig, guidance, sample_codes
+from tokenizer import LAYOUTS, Tokenizer, TokenizerConfig
 from train_stage1 import Stage1
 
 CFG = TokenizerConfig(image_size=32, patch_size=8, encoder=(2, 64), decoder=(2, 64), post=(1, 64), head_dim=32,
@@ -84,25 +82,6 @@ def test_lambda_scales_the_encoder_and_not_the_ar():
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()), msg=name)
 
 
-def test_prob_ste_is_onehot_forward_and_softmax_backward():
-    torch.manual_seed(0)
-    z, codebook = unit_norm(torch.randn(5, 6, dtype=torch.double)), torch.randn(12, 6, dtype=torch.double)
-    weight = torch.randn(5, 12)
-    onehot, codes = prob_ste(z, codebook, 0.1)
-    assert torch.equal(onehot, F.one_hot(codes, 12).double()) and torch.equal(codes, nearest_code(z.float(), codebook))
-
-    def soft(z, codebook):
-        return (weight * (z @ unit_norm(codebook).T / 0.1).softmax(-1)).sum()
-
-    z.requires_grad_(), codebook.requires_grad_()
-    dz, dc = torch.autograd.grad((weight * prob_ste(z, codebook, 0.1)[0]).sum(), (z, codebook))
-    for tensor, grad, i, j in ((z, dz, 2, 3), (codebook, dc, 7, 1)):  # finite differences of the softmax
-        h = torch.zeros_like(tensor)
-        h[i, j] = 1e-6
-        high, low = ((soft(tensor + s * h, codebook) if tensor is z else soft(z, tensor + s * h)) for s in (1, -1))
-        assert abs((high - low).item() / 2e-6 - grad[i, j].item()) < 1e-5
-
-
 def plain_generate(ar, labels, noise, cfg_prologue, cfg_visual, schedule, power, **filters):
     """Sampling without a cache: the whole sequence runs anew for each token, all logits computed, the wrong ones masked."""
     k, n, v = ar.cfg.num_prologue, ar.cfg.num_visual, ar.cfg.codebook_size
@@ -132,28 +111,3 @@ def test_generate_equals_the_plain_uncached_path(layout, schedule, scales):
     greedy = ar.generate(labels, cfg_schedule=schedule, cfg_power=0.5, top_k=1, noise=noise, **settings)
     assert torch.equal(greedy, plain_generate(ar, labels, noise, schedule=schedule, power=0.5, top_k=1, **settings))
     assert not torch.equal(greedy, codes)
-
-
-def test_generate_keeps_a_fixed_prologue_and_stays_inside_the_codebooks():
-    _, ar, _ = models()
-    labels, noise = torch.arange(5).repeat(20), torch.rand(100, 19, generator=torch.Generator().manual_seed(0))
-    codes = ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise)
-    assert codes.min() >= 0 and codes[:, :3].max() < 12 and codes[:, 3:].max() < 40 and codes[:, 3:].max() >= 12
-    # The prologue that would have been drawn, given beforehand, changes nothing after it.
-    assert torch.equal(ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise, prologue=codes[:, :3]), codes)
-    other = (codes[:, :3] + 1) % 12
-    fixed = ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise, prologue=other)
-    assert torch.equal(fixed[:, :3], other) and not torch.equal(fixed[:, 3:], codes[:, 3:])
-
-
-def test_save_and_load(tmp_path):
-    tokenizer, ar, images = models("post", tokenizer="x" * 16, classes=list("abcde"))
-    tokenizer.save(tmp_path / "t.safetensors"), ar.save(tmp_path / "a.safetensors")
-    codes = tokenizer.encode(images)
-    loaded, loaded_ar = Tokenizer.load(tmp_path / "t.safetensors"), AR.load(tmp_path / "a.safetensors")
-    assert loaded.cfg == tokenizer.cfg and loaded_ar.cfg == ar.cfg and loaded.fingerprint() == tokenizer.fingerprint()
-    assert torch.equal(loaded.encode(images), codes) and torch.equal(loaded.decode(codes), tokenizer.decode(codes))
-    assert torch.equal(loaded_ar(codes, torch.arange(4)), ar(codes, torch.arange(4)))
-    with pytest.raises(InputError, match="another tokenizer"):
-        check_pair(loaded, loaded_ar)
-    assert not list(tmp_path.glob("*.tmp"))

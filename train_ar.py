@@ -7,19 +7,17 @@ Cross-entropy over [prologue, EOS, visual], the class dropped 10% of the time fo
 stored crops drawn at each visit. In --out it leaves ar.safetensors (raw weights, the ones that are sampled),
 train_ar.jsonl, train_ar.png and train_ar.pt (for --resume).
 """
-import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 import fid
 from ar import AR, SIZES, ARConfig, check_pair
 from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
-                    save_state, step_generator, to_uint8, training_flags, visited)
+                    save_state, step_generator, training_parser, visited)
 from pretokenize import EMBEDDED
 from sample import PRESETS, Sampler, generation_fid, sampling_defaults
 from tokenizer import Tokenizer, TokenizerConfig
@@ -32,17 +30,6 @@ RECIPES = {
               eval_every=5000, save_every=5000),
 }
 RECIPES |= {size: RECIPES["S"] for size in ("B", "L", "XL")} | {"nano": RECIPES["tiny"]}
-
-
-class Loss(nn.Module):
-    """The AR model's cross-entropy as a module, for DistributedDataParallel to wrap."""
-
-    def __init__(self, ar):
-        super().__init__()
-        self.ar = ar
-
-    def forward(self, codes, labels):
-        return self.ar.cross_entropy(codes, labels)
 
 
 class Tokens:
@@ -77,7 +64,7 @@ def evaluate(ar, tokens, machine, count):
         codes, labels = tokens.batch(part.numpy(), 0, machine.device)
         with machine.autocast():
             nats = ar.cross_entropy(codes, labels, reduction="none")  # (B, L)
-        sums += torch.stack([nats[:, :k].sum(), nats[:, k:k + (k > 0)].sum(), nats[:, k + (k > 0):].sum()])
+        sums += torch.stack([part.sum() for part in nats.tensor_split([k, k + (k > 0)], 1)])
     prologue, eos, visual = (machine.sum(sums) / count).tolist()
     return {"val_nats": prologue + eos + visual, "val_nats_prologue": prologue, "val_nats_visual": visual}
 
@@ -99,20 +86,8 @@ def build(args, tokenizer, tokens):
     return ar
 
 
-def draw(ar, tokenizer, machine, path):
-    """A picture of 10 samples for each of up to 8 classes, without guidance, the same noise each time."""
-    labels = torch.arange(min(8, ar.cfg.num_classes), device=machine.device).repeat_interleave(10)
-    with machine.autocast():
-        images = tokenizer.decode(ar.generate(labels, generator=torch.Generator().manual_seed(0)))
-    save_grid(path, list(to_uint8(images).split(10)))
-
-
 def parse_args():
-    size = argparse.ArgumentParser(add_help=False)
-    size.add_argument("--size", default="tiny", choices=SIZES, help="sets the defaults below; see --size B --help")
-    recipe = RECIPES[size.parse_known_args()[0].size]
-    parser = argparse.ArgumentParser(description="Train an AR model on tokens.", parents=[size],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser, _ = training_parser("Train an AR model on tokens.", SIZES, RECIPES)
     flag = parser.add_argument
     flag("--codes", help="token file; by default codes.npz in --out")
     flag("--val_codes", help="held-out token file; by default the --codes name with _val, if there is one")
@@ -129,7 +104,6 @@ def parse_args():
     flag("--reference", default=str(EMBEDDED / "train"), help="npz, folder or zip that gFID compares with")
     flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for gFID, instead of downloading them")
     flag("--preset", choices=PRESETS, help="row of the paper's table A5 whose guidance gFID is measured with, beside none")
-    training_flags(parser, recipe)
     args = parser.parse_args()
     if args.fid_every % args.eval_every:
         parser.error(f"--fid_every {args.fid_every} is not a multiple of --eval_every {args.eval_every}")
@@ -164,7 +138,7 @@ def main():
         machine.print(f"going on from step {start}")
     if machine.compile:
         ar.transformer.compile()
-    model = machine.wrap(Loss(ar))
+    model = machine.wrap(ar)
 
     def save(step):
         if machine.rank == 0:
@@ -180,7 +154,9 @@ def main():
             measured = generation_fid(sampler, args.fid_samples, network, reference)
             values |= {f"val_{key}{mode}": value for key, value in measured.items()}
         if machine.rank == 0:
-            draw(ar, tokenizer, machine, out / "train_ar.png")
+            labels = torch.arange(min(8, ar.cfg.num_classes)).repeat_interleave(10)  # a row per class, the same noise each time
+            sampler = Sampler(ar, tokenizer, machine, args.seed, 100 * machine.world, {})
+            save_grid(out / "train_ar.png", list(sampler.pixels(sampler.codes(labels, range(len(labels)))).split(10)))
         ar.train()
         return values
 
@@ -191,8 +167,8 @@ def main():
         network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, machine.device)[1]
         reference = fid.reference_features(args.reference, network, machine.device, 100, False, tokenizer.cfg.image_size)
     progress, referee = Progress(out / "train_ar.jsonl", machine, args, start), Referee(machine)
-    machine.print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters, {len(tokens.codes)} images x "
-                  f"{tokens.codes.shape[1]} crops x {tokens.codes.shape[2]} codes, {len(tokens.classes)} classes")
+    machine.print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters, {len(tokens.classes)} classes, "
+                  f"{' x '.join(map(str, tokens.codes.shape))} images x crops x codes")
     ar.train()
     for step in range(start, args.steps):
         # Everything random is drawn for the whole batch from (seed, step); dropout from (seed, step, rank).
@@ -205,13 +181,13 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args)
         optimizer.zero_grad()
-        loss = 0
+        loss = 0.0
         for i in range(0, per_rank, micro):
             codes, labels = tokens.batch(index[i:i + micro], crops[i:i + micro], machine.device)
             labels = labels.masked_fill(unlabelled[i:i + micro], ar.cfg.num_classes)
             with machine.unsynced(model, i + micro < per_rank):
                 with machine.autocast():
-                    part = model(codes, labels) * micro / per_rank
+                    part = model(codes, labels, loss=True) * micro / per_rank
                 part.backward()
             loss = loss + part.detach()
         norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or float("inf"))

@@ -25,7 +25,7 @@ from torch import nn
 import ar as ar_model
 import fid
 from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
-                    save_state, step_generator, to_float, to_uint8, training_flags, update_ema, visited)
+                    save_state, step_generator, to_float, to_uint8, training_parser, update_ema, visited)
 from pretokenize import EMBEDDED, Images, default_val
 from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig
 
@@ -90,7 +90,7 @@ class LPIPS(nn.Module):
         super().__init__()
         import lpips
         import torchvision
-        self.vgg = load_torchvision(torchvision.models.vgg16, "VGG16_Weights", weights, "--vgg_weights").features[:30]
+        self.vgg = load_torchvision(torchvision.models.vgg16, weights, "--vgg_weights").features[:30]
         linear = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
         self.linear = nn.ParameterList(torch.load(linear, weights_only=True, map_location="cpu").values())  # 5 of (1, c, 1, 1)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
@@ -115,7 +115,7 @@ class ConvNextLoss(nn.Module):
     def __init__(self, weights=None):
         super().__init__()
         import torchvision
-        self.net = load_torchvision(torchvision.models.convnext_small, "ConvNeXt_Small_Weights", weights, "--convnext_weights")
+        self.net = load_torchvision(torchvision.models.convnext_small, weights, "--convnext_weights")
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
@@ -129,10 +129,10 @@ class ConvNextLoss(nn.Module):
         return F.mse_loss(self.logits(images), wanted)
 
 
-def load_torchvision(build, enum, file, flag):
+def load_torchvision(build, file, flag):
     """A torchvision network with the weights in `file`, or with the downloaded ImageNet ones. Raises InputError."""
     import torchvision
-    weights = getattr(torchvision.models, enum).IMAGENET1K_V1
+    weights = torchvision.models.get_model_weights(build).IMAGENET1K_V1
     name = weights.url.rpartition("/")[2]
     try:
         if not file:
@@ -164,12 +164,6 @@ def code_usage(counts):
     return int((counts > 0).sum()), float((-(p * p.clamp_min(1e-30).log()).sum()).exp())
 
 
-def histograms(codes, cfg):
-    """Histograms (P,) and (V,) of codes (B, K+N)."""
-    return [torch.bincount(codes[:, :cfg.num_prologue].flatten(), minlength=cfg.prologue_codebook_size),
-            torch.bincount(codes[:, cfg.num_prologue:].flatten(), minlength=cfg.codebook_size)]
-
-
 @torch.no_grad()
 def evaluate(tokenizer, ar, images, network, machine, args):
     """Measures over --eval_images held-out images, shared among the ranks, and 16 originals with their reconstructions.
@@ -178,7 +172,7 @@ def evaluate(tokenizer, ar, images, network, machine, args):
     keys = [(i, i * len(images) // count) for i in range(machine.rank, count, machine.world)]  # spread over the classes
     sums = torch.zeros(5)  # PSNR, L1, nats of prologue, EOS, visual
     moments = fid.Moments(), fid.Moments()
-    used = histograms(torch.zeros(0, k + cfg.num_visual, dtype=torch.int64), cfg)
+    seen = [torch.zeros(0, k + cfg.num_visual, dtype=torch.int64)]
     pictures = [torch.zeros(0, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)] * 2
     for batch, index in images.batches([keys[i:i + 64] for i in range(0, len(keys), 64)], 0):
         x = to_float(batch[:, 0].to(machine.device))
@@ -193,28 +187,24 @@ def evaluate(tokenizer, ar, images, network, machine, args):
         pictures = [torch.cat([old, new[::16]])[:16] for old, new in zip(pictures, (a, b))]
         mse = (a.float() - b.float()).square().mean((1, 2, 3)).clamp_min(1e-10)
         sums += torch.stack([(10 * (255**2 / mse).log10()).sum(), (x - y).abs().mean((1, 2, 3)).sum().cpu(),
-                             nats[:, :k].sum(), nats[:, k:k + (k > 0)].sum(), nats[:, k + (k > 0):].sum()])
-        used = [total + part for total, part in zip(used, histograms(codes.cpu(), cfg))]
+                             *(part.sum() for part in nats.tensor_split([k, k + (k > 0)], 1))])
+        seen.append(codes.cpu())
     psnr, l1, *nats = (machine.sum(sums) / count).tolist()
     values = {"val_psnr": psnr, "val_l1": l1}
     if ar:
         values |= dict(zip(("val_nats_prologue", "val_nats_eos", "val_nats_visual"), nats))
-    if k:
-        values["val_usage_prologue"], values["val_perplexity_prologue"] = code_usage(machine.sum(used[0]))
-    values["val_usage_visual"], values["val_perplexity_visual"] = code_usage(machine.sum(used[1]))
+    groups = zip(("prologue", "visual"), torch.cat(seen).tensor_split([k], 1), (cfg.prologue_codebook_size, cfg.codebook_size))
+    for name, codes, size in groups if k else list(groups)[1:]:
+        counts = machine.sum(torch.bincount(codes.flatten(), minlength=size))
+        values[f"val_usage_{name}"], values[f"val_perplexity_{name}"] = code_usage(counts)
     if network:
         values["val_rfid"] = fid.frechet_distance(*moments[0].result(), *moments[1].result())
     return values, pictures
 
 
 def parse_args():
-    size = argparse.ArgumentParser(add_help=False)
-    size.add_argument("--size", default="tiny", choices=SIZES, help="sets the defaults below; see --size B --help")
-    chosen = size.parse_known_args()[0].size
-    model, recipe = SIZES[chosen], RECIPES[chosen]
-    cfg = TokenizerConfig(**model)
-    parser = argparse.ArgumentParser(description="Train a tokenizer.", parents=[size],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser, size = training_parser("Train a tokenizer.", SIZES, RECIPES)
+    model, recipe, cfg = SIZES[size], RECIPES[size], TokenizerConfig(**SIZES[size])
     flag = parser.add_argument
     flag("--data", default=str(EMBEDDED / "train"), help="training images: a folder, or a path into a zip, of class folders")
     flag("--val_data", help="held-out images; by default the folder val beside a --data named train, else --data")
@@ -247,7 +237,6 @@ def parse_args():
     flag("--eval_images", type=positive, default=1000, help="held-out images per evaluation")
     flag("--rfid", action="store_true", help="also measure rFID of these images")
     flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for --rfid, instead of downloading them")
-    training_flags(parser, recipe)
     args = parser.parse_args()
     keys = ("layout", "image_size", "patch_size", "codebook_size", "code_dim", "num_prologue", "prologue_codebook_size", "tau")
     if (args.layout == "post") != bool(args.init):
@@ -300,13 +289,9 @@ def main():
     args = parse_args()
     machine, out = Machine(args), Path(args.out)
     per_rank, micro = machine.split(args)
-    if args.gan_weight and micro < 2:
-        raise InputError("the discriminator's BatchNorm needs at least 2 images per forward: raise --batch_size or "
-                         "--micro_batch_size, or train without it by --gan_weight 0")
-    if args.gan_weight and args.image_size < 24:
-        raise InputError(f"--image_size {args.image_size}: the discriminator needs at least 24 pixels; use --gan_weight 0")
-
-    # Data, models, optimizers.
+    if args.gan_weight and (micro < 2 or args.image_size < 24):
+        raise InputError(f"the discriminator needs 2 images of 24 pixels per forward, here are {micro} of {args.image_size} "
+                         "pixels: raise --batch_size or --image_size, or train without it by --gan_weight 0")
     images = Images(args.data, args.image_size, args.crop, args.flip, args.seed, train=True)
     tokenizer, ar = build(args, machine, images.classes)
     size, val_data = tokenizer.cfg.image_size, args.val_data or default_val(args.data) or args.data
@@ -325,11 +310,9 @@ def main():
     if gan:
         optimizers.append(torch.optim.AdamW(gan.parameters(), lr=args.lr, betas=(0.0, 0.99), weight_decay=1e-4, fused=True))
     averages = torch.zeros(2, device=machine.device)  # LeCam: mean logits of real and of fake images
-
-    # Resume.
     modules = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
     settings = asdict(tokenizer.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size,
-                                           "images": len(images), "names": images.digest(), "ce_weight": args.ce_weight}
+                                        "names": images.digest(), "ce_weight": args.ce_weight}
     state = load_state(out / "train_stage1.pt", args.resume, settings)
     start = state["step"] if state else 0
     if state:
@@ -339,7 +322,6 @@ def main():
             optimizer.load_state_dict(saved)
         averages.copy_(state["averages"])
         machine.print(f"going on from step {start}")
-
     if machine.compile:  # in place, so that the names of the weights stay as they are
         for part in [tokenizer.encoder.transformer, tokenizer.decoder.transformer] + ([ar.transformer] if ar else []):
             part.compile()
@@ -371,18 +353,10 @@ def main():
         return values
 
     def logged():
-        nonlocal used
         values = {name: value.item() for name, value in terms.items() if name != "perceptual" or args.perceptual != "none"}
-        values["lr"] = lr_at(step, args)
-        if gan:
-            values["logits_real"], values["logits_fake"] = logits.tolist()
-        for name, counts in zip(("prologue", "visual"), used):
-            if len(counts):
-                values[f"usage_{name}"], values[f"perplexity_{name}"] = code_usage(machine.sum(counts))
-        used = None
-        return values
+        return values | {"lr": lr_at(step, args)} | dict(zip(("logits_real", "logits_fake"), logits.tolist() if gan else ()))
 
-    progress, referee, used = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine), None
+    progress, referee = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine)
     loader = iter(images.batches(visits(), args.num_workers))
     for step in range(start, args.steps):
         for optimizer in optimizers:
@@ -401,7 +375,7 @@ def main():
             more = i + micro < per_rank  # gradients travel between ranks once per step
             with machine.unsynced(model, more), machine.unsynced(discriminator, more and gan):
                 with machine.autocast():
-                    y, codes, vq, ce = model(x, labels.to(machine.device), drop[i:i + micro].to(machine.device))
+                    y, _, vq, ce = model(x, labels.to(machine.device), drop[i:i + micro].to(machine.device))
                     part = {} if ce is None else {"ce": ce}
                     if y is not None:
                         part |= {"l1": F.l1_loss(y, x), "perceptual": perceptual(y, x), "vq": vq}
@@ -417,8 +391,6 @@ def main():
                     (part["discriminator"] * micro / per_rank).backward()
                     logits += mean * micro / per_rank
             terms = {name: terms.get(name, 0) + value.detach() * micro / per_rank for name, value in part.items()}
-            counted = histograms(codes.cpu(), tokenizer.cfg)
-            used = [a + b for a, b in zip(used, counted)] if used else counted
         terms["gradient"] = torch.nn.utils.get_total_norm(p.grad for p in stage1.parameters() if p.grad is not None)
         if referee.step_counts(terms):
             for optimizer in optimizers:

@@ -14,11 +14,11 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_stage1
-from ar import sample_codes
+from ar import AR, check_pair, sample_codes
 from common import InputError, to_float, to_uint8
 from pretokenize import Images, center_crop
 from test_all import gradients, models
-from tokenizer import attention, nearest_code, unit_norm
+from tokenizer import Tokenizer, attention, nearest_code, prob_ste, unit_norm
 from train_stage1 import Discriminator, Perceptual, Stage1
 
 
@@ -170,3 +170,47 @@ def test_unreadable_images_are_replaced_counted_and_limited(tmp_path, capfd):
     (tmp_path / "b" / "0000.bmp").write_bytes(b"BM")
     with pytest.raises(InputError, match="b/0000.bmp.*3 such of 2000, more than 0.1%"):
         list(images.batches([[(3, 1000)]], 0))
+
+
+def test_save_and_load(tmp_path):
+    tokenizer, ar, images = models("post", tokenizer="x" * 16, classes=list("abcde"))
+    tokenizer.save(tmp_path / "t.safetensors"), ar.save(tmp_path / "a.safetensors")
+    codes = tokenizer.encode(images)
+    loaded, loaded_ar = Tokenizer.load(tmp_path / "t.safetensors"), AR.load(tmp_path / "a.safetensors")
+    assert loaded.cfg == tokenizer.cfg and loaded_ar.cfg == ar.cfg and loaded.fingerprint() == tokenizer.fingerprint()
+    assert torch.equal(loaded.encode(images), codes) and torch.equal(loaded.decode(codes), tokenizer.decode(codes))
+    assert torch.equal(loaded_ar(codes, torch.arange(4)), ar(codes, torch.arange(4)))
+    with pytest.raises(InputError, match="another tokenizer"):
+        check_pair(loaded, loaded_ar)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_prob_ste_is_onehot_forward_and_softmax_backward():
+    torch.manual_seed(0)
+    z, codebook = unit_norm(torch.randn(5, 6, dtype=torch.double)), torch.randn(12, 6, dtype=torch.double)
+    weight = torch.randn(5, 12)
+    onehot, codes = prob_ste(z, codebook, 0.1)
+    assert torch.equal(onehot, F.one_hot(codes, 12).double()) and torch.equal(codes, nearest_code(z.float(), codebook))
+
+    def soft(z, codebook):
+        return (weight * (z @ unit_norm(codebook).T / 0.1).softmax(-1)).sum()
+
+    z.requires_grad_(), codebook.requires_grad_()
+    dz, dc = torch.autograd.grad((weight * prob_ste(z, codebook, 0.1)[0]).sum(), (z, codebook))
+    for tensor, grad, i, j in ((z, dz, 2, 3), (codebook, dc, 7, 1)):  # finite differences of the softmax
+        h = torch.zeros_like(tensor)
+        h[i, j] = 1e-6
+        high, low = ((soft(tensor + s * h, codebook) if tensor is z else soft(z, tensor + s * h)) for s in (1, -1))
+        assert abs((high - low).item() / 2e-6 - grad[i, j].item()) < 1e-5
+
+
+def test_generate_keeps_a_fixed_prologue_and_stays_inside_the_codebooks():
+    _, ar, _ = models()
+    labels, noise = torch.arange(5).repeat(20), torch.rand(100, 19, generator=torch.Generator().manual_seed(0))
+    codes = ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise)
+    assert codes.min() >= 0 and codes[:, :3].max() < 12 and codes[:, 3:].max() < 40 and codes[:, 3:].max() >= 12
+    # The prologue that would have been drawn, given beforehand, changes nothing after it.
+    assert torch.equal(ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise, prologue=codes[:, :3]), codes)
+    other = (codes[:, :3] + 1) % 12
+    fixed = ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise, prologue=other)
+    assert torch.equal(fixed[:, :3], other) and not torch.equal(fixed[:, 3:], codes[:, 3:])
