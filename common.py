@@ -40,6 +40,7 @@ def writing(path):
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)  # safetensors leaves its files to their owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -62,7 +62,7 @@ def page(sampler, columns):
                            "cfg_visual": (0, 10), "cfg_prologue": (0, 3), "cfg_power": (0.05, 3), "temperature": (0.1, 1.5),
                            "temperature_prologue": (0.1, 1.5)}.get(key, (0, 0))]]
         every = gradio.Button("resample all", variant="primary")
-        pictures = gradio.Gallery(columns=columns, height=200, label="pictures", object_fit="contain")
+        pictures = gradio.Gallery(columns=columns, height=160, label="pictures", object_fit="contain")
         said = gradio.Markdown()
         if k:
             codes = gradio.Dataframe(headers=["picture", *(f"p{i + 1}" for i in range(k))], label="prologue codes",

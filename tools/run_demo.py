@@ -31,6 +31,7 @@ def main():
         seconds[name] = seconds.get(name, 0) + time.perf_counter() - start
         return output and json.loads(output.splitlines()[-1])
 
+    print("python sample.py draws from checkpoints/fashion_mnist in seconds; what follows trains such a pair from scratch.")
     common = ["--out", out, "--seed", args.seed]
     script("train_stage1.py", *common, "--layout", args.layout)
     script("pretokenize.py", *common)
