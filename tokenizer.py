@@ -142,10 +142,10 @@ class Block(nn.Module):
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
-def init_weights(module):
-    """Linear and embedding weights N(0, 0.02), biases 0."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+def init_weights(module, std=0.02):
+    """Linear and embedding weights N(0, std), biases 0; nothing on the meta device, where it would import half of torch."""
+    if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
+        nn.init.normal_(module.weight, std=std)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
 
@@ -160,8 +160,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, head_dim, round(hidden_ratio * dim), bias, dropout) for _ in range(layers))
         self.apply(init_weights)
         for block in self.blocks:  # the residual stream keeps its size whatever the depth
-            nn.init.normal_(block.attn.out.weight, std=0.02 / math.sqrt(2 * layers))
-            nn.init.normal_(block.mlp.fc2.weight, std=0.02 / math.sqrt(2 * layers))
+            init_weights(block.attn.out, 0.02 / math.sqrt(2 * layers)), init_weights(block.mlp.fc2, 0.02 / math.sqrt(2 * layers))
 
     def forward(self, x, angles, causal=False, caches=None, mask=None):
         cos, sin = angles.cos(), angles.sin()  # (T, d/2)

@@ -3,7 +3,7 @@
     python tools/bench.py stage1 --size B --image_size 256 --batch_size 4
     python tools/bench.py ar --size B --batch_size 8
     python tools/bench.py sample --size B --batch_size 1 8 32
-    python tools/bench.py fid
+    python tools/bench.py data fid
 
 stage1 and ar start train_stage1.py and train_ar.py on synthetic data, read the time of each step from their log and the peak
 memory from the process; sample calls AR.generate with guidance. Every job is a process of its own; the best of --repeat counts.
@@ -29,6 +29,8 @@ sys.path.insert(0, str(ROOT))
 import ar as ar_model
 import tokenizer as tokenizer_file
 import train_stage1
+from common import product
+from pretokenize import Images
 from tokenizer import SIZES, Tokenizer, TokenizerConfig
 
 
@@ -45,9 +47,15 @@ def best(function, repeat):
 
 
 def gemm_rate(device, dtype, n=2048):
-    """FLOP/s of an n x n matrix product."""
+    """FLOP/s of an n x n matrix product, by torch's own `@`: MKL on x86, which peers use as well."""
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     return 2 * n**3 / best(lambda: a @ b, 10)
+
+
+def product_rate(device, dtype, n=2048):
+    """The same by `common.product`, which on the CPU is oneDNN."""
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n**3 / best(lambda: product(a, b), 10)
 
 
 def bandwidth(device, dtype, n=8192):
@@ -196,7 +204,20 @@ def bench_fid(args, batch_size):
     return {"seconds": seconds, "flops": 11.4e9 * batch_size, "peak_gb": peak_gb(), "images": batch_size}
 
 
-JOBS = {"stage1": bench_stage1, "ar": bench_ar, "sample": bench_sample, "fid": bench_fid}
+def bench_data(args, batch_size):
+    """Decoding, ADM's random crop and flip of JPEGs of ImageNet's usual 500 x 375, in one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "class").mkdir()
+        for i in range(32):
+            small = np.random.default_rng(i).integers(0, 255, (75, 100, 3), np.uint8)
+            image = Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC)
+            image.save(Path(folder) / "class" / f"{i}.jpeg", quality=90)
+        images = Images(folder, 256, "random", flip=True, train=True)
+        seconds = best(lambda: [images[i, i] for i in range(32)], args.repeat)
+    return {"seconds": seconds, "flops": 0, "peak_gb": peak_gb(), "images": 32}
+
+
+JOBS = {"data": bench_data, "stage1": bench_stage1, "ar": bench_ar, "sample": bench_sample, "fid": bench_fid}
 
 
 def main():
@@ -227,17 +248,22 @@ def main():
         return
     job, batch_size = args.jobs[0], args.batch_size[0]
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    rate, read = gemm_rate(args.device, dtype), bandwidth(args.device, dtype)
+    rate, faster, read = (measure(args.device, dtype) for measure in (gemm_rate, product_rate, bandwidth))
     result = JOBS[job](args, batch_size)
+    if job == "data":
+        print(f"data: {result['images'] / result['seconds']:.0f} images/s per process")
+        return
     floor = max(result["flops"] / rate, result.get("bytes", 0) / read)
     line = {"name": f"{job} {args.size} batch {batch_size}", "seconds": result["seconds"], "floor_seconds": floor,
-            "ratio": result["seconds"] / floor, "peak_gb": result["peak_gb"],
+            "ratio": result["seconds"] / floor, "ratio_to_product": result["seconds"] * faster / result["flops"],
+            "peak_gb": result["peak_gb"],
             "images_per_s": result["images"] / result["seconds"]}
     if args.json:
         print(json.dumps(line))
     else:
         print(f"{line['name']}: {line['seconds']:.2f} s, {line['ratio']:.2f}x the floor of {floor:.2f} s (GEMM {rate / 1e9:.0f} "
-              f"GFLOP/s, {read / 1e9:.1f} GB/s), peak {line['peak_gb']:.2f} GiB, {line['images_per_s']:.3f} images/s")
+              f"GFLOP/s, {read / 1e9:.1f} GB/s), {line['ratio_to_product']:.2f}x its FLOPs by oneDNN ({faster / 1e9:.0f}), "
+              f"peak {line['peak_gb']:.2f} GiB, {line['images_per_s']:.3f} images/s")
 
 
 if __name__ == "__main__":
