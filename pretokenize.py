@@ -141,8 +141,6 @@ class Images(torch.utils.data.Dataset):
         try:
             file = open_zip(self.archive).open(self.root + name) if self.archive else open(os.path.join(self.root, name), "rb")
             with file, Image.open(file) as image:
-                if self.train and self.crops == "random":  # JPEG decodes at half size in place of the first halving of `shrink`
-                    image.draft(None, (math.ceil(self.size / 0.8),) * 2)
                 if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scaling
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")

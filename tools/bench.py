@@ -251,7 +251,8 @@ def main():
     rate, faster, read = (measure(args.device, dtype) for measure in (gemm_rate, product_rate, bandwidth))
     result = JOBS[job](args, batch_size)
     if job == "data":
-        print(f"data: {result['images'] / result['seconds']:.0f} images/s per process")
+        line = {"name": job, "seconds": result["seconds"], "images_per_s": result["images"] / result["seconds"]}
+        print(json.dumps(line) if args.json else f"data: {line['images_per_s']:.0f} images/s per process")
         return
     floor = max(result["flops"] / rate, result.get("bytes", 0) / read)
     line = {"name": f"{job} {args.size} batch {batch_size}", "seconds": result["seconds"], "floor_seconds": floor,
