@@ -31,6 +31,7 @@ SIZES = {
     "XL": dict(layers=32, dim=1280),
 }
 SCHEDULES = ("constant", "linear", "cosine")
+LOGITS = 2**24  # that the training loss holds at a time, 64 MB of fp32
 
 @dataclass
 class ARConfig:
@@ -94,7 +95,7 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of hidden @ weight.T in about 64 MB of fp32 logits at a time: for all positions they never exist.
+    """Mean cross-entropy of hidden @ weight.T by parts of LOGITS logits: those of all positions never exist at once.
     The gradients are made in the forward, while a part's logits are at hand, and only scaled in the backward."""
 
     @staticmethod
@@ -102,7 +103,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """hidden (T, D), weight (vocab, D), target (T,) -> scalar in nats"""
         device, total = hidden.device.type, 0.0
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        d_hidden, d_weight, chunk = torch.empty_like(hidden), torch.zeros_like(weight), max(1, 2**24 // len(weight))
+        d_hidden, d_weight, chunk = torch.empty_like(hidden), torch.zeros_like(weight), max(1, LOGITS // len(weight))
         with torch.autocast(device, enabled=False):
             w = weight.to(dtype)
             for h, t, d in zip(hidden.split(chunk), target.split(chunk), d_hidden.split(chunk)):

@@ -2,6 +2,8 @@
 
     python -m pytest tools/test_parts.py
 """
+import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -13,10 +15,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import sample
 import train_stage1
-from ar import AR, check_pair, sample_codes
-from common import InputError, to_float, to_uint8
+from ar import AR, LinearCrossEntropy, check_pair, sample_codes
+from common import InputError, Linear, Machine, to_float, to_uint8
 from pretokenize import Images, center_crop
+from sample import Sampler
 from test_all import gradients, models
 from tokenizer import Tokenizer, attention, nearest_code, prob_ste, unit_norm
 from train_stage1 import Discriminator, Perceptual, Stage1
@@ -214,3 +218,49 @@ def test_generate_keeps_a_fixed_prologue_and_stays_inside_the_codebooks():
     other = (codes[:, :3] + 1) % 12
     fixed = ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise, prologue=other)
     assert torch.equal(fixed[:, :3], other) and not torch.equal(fixed[:, 3:], codes[:, 3:])
+
+
+def test_linear_cross_entropy_in_parts_equals_the_whole(monkeypatch):
+    monkeypatch.setattr("ar.LOGITS", 700)  # parts of 7 positions
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(50, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True), torch.arange(50)
+    whole = F.cross_entropy(hidden @ weight.T, target)
+    parts = LinearCrossEntropy.apply(hidden, weight, target)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=0)
+    for a, b in zip(torch.autograd.grad(3 * parts, (hidden, weight)), torch.autograd.grad(3 * whole, (hidden, weight))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_linear_equals_torch():
+    torch.manual_seed(0)
+    ours = Linear(6, 5)
+    x = torch.randn(2, 6, 3).transpose(1, 2).requires_grad_()  # not contiguous
+    inputs = x, ours.weight, ours.bias
+    expected = torch.nn.functional.linear(*inputs)
+    torch.testing.assert_close(ours(x), expected)
+    g = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad(ours(x), inputs, g), torch.autograd.grad(expected, inputs, g)):
+        torch.testing.assert_close(a, b)
+
+
+def test_interrupted_sampling_goes_on(tmp_path, monkeypatch):
+    tokenizer, ar, _ = models()
+    machine = Machine(argparse.Namespace(device="cpu", dtype="fp32", batch_size=4, compile=False))
+    sampler = Sampler(ar, tokenizer, machine, seed=0, batch_size=4, settings={"cfg_visual": 2.0})
+    sample.draw_many(sampler, 10, machine, tmp_path / "whole.npz")
+    drawn, pixels = [], sampler.pixels
+
+    def failing(codes):
+        drawn.append(len(codes))
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return pixels(codes)
+
+    monkeypatch.setattr(sampler, "pixels", failing)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            sample.draw_many(sampler, 10, machine, tmp_path / "parts.npz")
+    assert drawn == [4, 4, 4, 2]  # the first four were not drawn again
+    for name in ("arr_0", "arr_1"):
+        assert np.array_equal(np.load(tmp_path / "parts.npz")[name], np.load(tmp_path / "whole.npz")[name])
+    assert {p.name for p in tmp_path.iterdir()} == {"whole.npz", "parts.npz"}

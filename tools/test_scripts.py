@@ -133,6 +133,36 @@ def test_accumulation_and_two_ranks_give_the_gradients_of_one_batch(tmp_path):
         assert_same_gradients(out / "train_ar.pt", outs[0] / "train_ar.pt", "optimizer")
 
 
+def test_variants_train_on_two_ranks_and_what_they_leave_is_of_use(tmp_path):
+    """No parameter may be without a gradient there. post and direct CE give losses, OneStage a pair that draws."""
+    data = ["--data", folder() / "train", "--steps", 2, *STAGE1]
+    frozen = tmp_path / "2d" / "tokenizer.safetensors"
+    for name, *flags in (("2d", "--layout", "2d", "--rfid"), ("post", "--layout", "post", "--init", frozen),
+                         ("1d", "--layout", "1d", "--direct_ce", "--ce_weight", 0.3), ("onestage", "--onestage")):
+        code, text = script("train_stage1.py", *data, *flags, "--out", tmp_path / name, ranks=2)
+        assert code == 0, text
+    a, b = (Tokenizer.load(tmp_path / name / "tokenizer.safetensors") for name in ("2d", "post"))
+    x = to_float(Images(folder() / "val", 28)[0, 0][0])
+    assert torch.equal(a.encode(x), b.encode(x)[:, 8:])  # post leaves the visual codes as they were
+    assert "val_rfid" in (tmp_path / "2d" / "train_stage1.jsonl").read_text()
+    code, text = script("sample.py", "--out", tmp_path / "onestage", "--num", 4, "--sweep", "cfg_visual=1,2", "temperature=1")
+    assert code == 0 and len(json.loads((tmp_path / "onestage" / "sweep.json").read_text())["rows"]) == 2, text
+
+
+def test_gfid_while_training_does_not_depend_on_ranks(tmp_path):
+    results = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        for name in ("codes.npz", "tokenizer.safetensors"):
+            (out / name).write_bytes((pipeline() / name).read_bytes())
+        flags = [*STAGE2[:-4], "--log_every", 1, "--eval_every", 1, "--fid_every", 1, "--fid_samples", 200]
+        code, text = script("train_ar.py", "--out", out, "--steps", 1, *flags, ranks=ranks)
+        assert code == 0, text
+        results.append(losses(out / "train_ar.jsonl", "val_gfid", "val_gfid_no_cfg"))
+    np.testing.assert_allclose(*results, rtol=1e-2)  # one step of AdamW magnifies the last bits of the gradients
+
+
 def test_pipeline_leaves_what_it_says():
     names = {"tokenizer.safetensors", "joint_ar.safetensors", "train_stage1.jsonl", "train_stage1.png", "train_stage1.pt",
              "codes.npz", "codes_val.npz", "ar.safetensors", "train_ar.jsonl", "train_ar.png", "train_ar.pt",
