@@ -1,6 +1,6 @@
 """Where the models look (paper figures 6, 7, A2, A4).
 
-    python tools/attention.py                       # out/tokenizer.safetensors and out/ar.safetensors, embedded images
+    python tools/attention.py                       # the pair in out/, or else the shipped one; embedded images
     python tools/attention.py --tokenizer T --ar A --data D --images 64
 
 ar_attention.png: each layer of the AR model, attention averaged over heads and images, the class position and the diagonal
@@ -24,6 +24,7 @@ import tokenizer as tokenizer_file
 from ar import AR, check_pair
 from common import run, to_float, to_uint8
 from pretokenize import EMBEDDED, Images
+from sample import default_pair
 from tokenizer import Tokenizer
 
 
@@ -100,9 +101,11 @@ def main():
     parser.add_argument("--images", type=int, default=64, help="images that the AR model's maps are averaged over")
     args = parser.parse_args()
     out = Path(args.out)
-    tokenizer = Tokenizer.load(args.tokenizer or out / "tokenizer.safetensors")
-    ar = AR.load(args.ar or out / "ar.safetensors", tokenizer)
-    check_pair(tokenizer, ar)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = default_pair(args)
+    tokenizer = Tokenizer.load(paths[0])
+    ar = AR.load(paths[1], tokenizer)
+    check_pair(tokenizer, ar, names=paths)
     images = Images(args.data, tokenizer.cfg.image_size)
     index = [i * len(images) // args.images for i in range(args.images)]
     x = to_float(torch.stack([images[i, i][0][0] for i in index]))

@@ -1,6 +1,6 @@
 """How much of an image its prologue decides (a number for the paper's figures 1 and A3).
 
-    python tools/fixed_prologue.py                          # out/tokenizer.safetensors and out/ar.safetensors
+    python tools/fixed_prologue.py                          # the pair in out/, or else the shipped one
     python tools/fixed_prologue.py --out DIR --pairs 500
 
 For each pair two images of one class are drawn: with one prologue and visual tokens drawn apart, or with prologues drawn
@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import fid
 from ar import AR, check_pair
 from common import InputError, run, to_uint8
+from sample import default_pair
 from tokenizer import Tokenizer
 
 
@@ -25,15 +26,18 @@ from tokenizer import Tokenizer
 def main():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default="out")
+    parser.add_argument("--tokenizer", help="by default tokenizer.safetensors in --out")
+    parser.add_argument("--ar", help="by default ar.safetensors in --out")
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inception", help="torch-fidelity's Inception weights, instead of downloading them")
     args = parser.parse_args()
-    tokenizer = Tokenizer.load(Path(args.out) / "tokenizer.safetensors")
-    ar = AR.load(Path(args.out) / "ar.safetensors", tokenizer)
-    check_pair(tokenizer, ar)
+    paths = default_pair(args)
+    tokenizer = Tokenizer.load(paths[0])
+    ar = AR.load(paths[1], tokenizer)
+    check_pair(tokenizer, ar, names=paths)
     if not ar.cfg.num_prologue:
-        raise InputError(f"the AR model in {args.out} has no prologue")
+        raise InputError(f"{paths[1]} has no prologue")
     network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, "cpu")[1]
     generator = torch.Generator().manual_seed(args.seed)
     labels, k = torch.arange(args.pairs) % ar.cfg.num_classes, ar.cfg.num_prologue
