@@ -30,10 +30,10 @@ def features(tokenizer, data, tokens, device):
     for batch, _ in tqdm(images.batches([keys[i:i + 100] for i in range(0, len(keys), 100)], 0), total=len(keys) // 100):
         x = to_float(batch[:, 0].to(device))
         visual, prologue = tokenizer.hidden(x)
-        codes = tokenizer.encode(x)[:, :tokens]
-        codebook = tokenizer.visual_quantizer.codebook if prologue is None else tokenizer.prologue_quantizer.codebook
-        result["hidden"].append((visual if prologue is None else prologue)[:, :tokens].mean(1).float().cpu())
-        result["codes"].append(F.embedding(codes, unit_norm(codebook)).mean(1).cpu())
+        hidden, quantizer = (visual, tokenizer.visual_quantizer) if prologue is None else (prologue, tokenizer.prologue_quantizer)
+        codes = quantizer(hidden[:, :tokens])[1]
+        result["hidden"].append(hidden[:, :tokens].mean(1).float().cpu())
+        result["codes"].append(F.embedding(codes, unit_norm(quantizer.codebook)).mean(1).cpu())
     if cfg.num_prologue and tokens > cfg.num_prologue:
         raise InputError(f"--tokens {tokens}: the prologue has only {cfg.num_prologue}")
     return {name: torch.cat(parts) for name, parts in result.items()}, torch.from_numpy(images.labels)
