@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from common import InputError, Linear, product, read_checkpoint, save_checkpoint
 from tokenizer import RMSNorm, Transformer, fold, init_weights, is_onestage, released_shard, rope_angles, rope_axis_dims
@@ -117,6 +118,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total / len(target)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         d_hidden, d_weight = ctx.saved_tensors
         scale = gradient / len(d_hidden)
@@ -192,7 +194,8 @@ class AR(nn.Module):
             mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
         for cache in caches:
             cache.rows, cache.start = rows, start
-        x = self.transformer(x, self.angles[start:start + length], length > 1 and not start, caches, mask)
+        # Not by __call__, which --compile replaces: it would compile anew for every length of the cache.
+        x = self.transformer.forward(x, self.angles[start:start + length], length > 1 and not start, caches, mask)
         return self.norm(x[:, -1])
 
     @torch.no_grad()

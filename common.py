@@ -1,7 +1,5 @@
-"""What every script needs and no script is about: errors, files, the machine, the common flags, the training loop's habits.
-
-Read tokenizer.py first; come here when a name leads here.
-"""
+"""What every script needs and no script is about: errors, files, the machine, common flags, a training loop's habits. Read
+tokenizer.py first; come here when a name leads here."""
 import argparse
 import contextlib
 import functools
@@ -23,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -96,7 +95,7 @@ class SharedRows:
         """This rank's share of the rows that are still to be written."""
         indices = np.flatnonzero(~self.done)
         self.machine.barrier()  # all have looked before one writes
-        return indices[self.machine.rank::self.machine.world]
+        return np.array_split(indices, self.machine.world)[self.machine.rank]
 
     def write(self, indices, rows):
         self.array[indices] = rows
@@ -197,7 +196,8 @@ ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64
 
 def product(a, b, bias=None):
     """a (..., n) @ b.T for b (m, n), plus bias (m,): by oneDNN for fp32 on the CPU. No gradients: for those see Linear."""
-    if not (ONEDNN and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32) or torch.is_autocast_enabled("cpu"):
+    fits = ONEDNN and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.numel()
+    if not fits or torch.is_autocast_enabled("cpu"):
         return F.linear(a, b, bias)
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
@@ -209,6 +209,7 @@ class ProductWithGradients(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
         flat, needed = gradient.flatten(0, -2), ctx.needs_input_grad  # (T, m)
@@ -230,7 +231,7 @@ def exact_fp32(device_type):
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(device_type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -262,8 +263,9 @@ class Machine:
         from torch.utils._triton import has_triton  # there is none on Windows
         can_compile = {"cuda": has_triton, "cpu": lambda: shutil.which(os.environ.get("CXX", "g++"))}.get(name, lambda: False)
         self.compile = args.compile and bool(can_compile())
-        from tokenizer import attention_backend  # here, because tokenizer.py imports this file
-        self.print(f"{self.world} x {name}, {str(self.dtype)[6:]}, attention by {attention_backend(self.device, self.dtype)}"
+        from tokenizer import can_flash  # here, because tokenizer.py imports this file
+        kernel = "flash-attn" if bf16 and can_flash(self.device) else "torch's scaled_dot_product_attention"
+        self.print(f"{self.world} x {name}, {str(self.dtype)[6:]}, attention by {kernel}"
                    + (", compiled" if self.compile else ", uncompiled: --compile finds no compiler" if args.compile else ""))
 
     def autocast(self):
@@ -384,18 +386,18 @@ class Progress:
         self.clock, self.images = time.perf_counter(), 0
 
     def end_step(self, step, referee, values, evaluate, save):
-        """What follows a step where its turn has come: the line, held-out measures, the saved state. True ends the run."""
+        """What follows a step where its turn has come: the line of `values`, saving, held-out measures. True ends the run."""
         self.images += self.args.batch_size
         done, final = step + 1, step + 1 == self.args.steps or referee.stop
         if done % self.args.log_every == 0 or final:
-            self.line(done, values())
+            self.line(done, {key: value.item() for key, value in values.items()})
         before = time.perf_counter()
-        if done % self.args.eval_every == 0 or final:
+        if done % self.args.save_every == 0 or final:
+            save(done)  # before the measures: who asks a run to stop may not wait for them
+        if done % self.args.eval_every == 0 or done == self.args.steps:
             measured = evaluate()
             self.write(done, measured)
             self.machine.print("  held-out: " + "  ".join(f"{key[4:]} {value:.4g}" for key, value in measured.items()))
-        if done % self.args.save_every == 0 or final:
-            save(done)
         self.clock += time.perf_counter() - before  # that time does not count against images/s
         if referee.stop:
             self.machine.print(f"asked to stop: saved after step {done}, go on with --resume")
@@ -440,9 +442,11 @@ def save_state(path, state):
             os.replace(path, path.with_suffix(".previous.pt"))
 
 
-def load_state(path, resume, settings):
+def load_state(path, resume, settings, machine):
     """The training state at `path`, or the one before it, if --resume asks for it, else None. Raises InputError."""
     found = [p for p in (path, path.with_suffix(".previous.pt")) if p.exists()]
+    if machine.sum(torch.tensor([len(found)])).item() != machine.world * len(found):
+        raise InputError(f"not all ranks see the same files beside {path}: --out must be on a file system that all nodes share")
     if not resume or not found:
         return None
     try:

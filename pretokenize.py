@@ -238,8 +238,8 @@ def main():
     machine = Machine(args)
     path = args.tokenizer or Path(args.out) / "tokenizer.safetensors"
     tokenizer = Tokenizer.load(path).to(machine.device)
-    if tokenizer.cfg.codebook_size > 2**16:
-        raise InputError(f"{path} has {tokenizer.cfg.codebook_size} codes; a token file holds at most {2**16}")
+    if max(tokenizer.cfg.codebook_size, tokenizer.cfg.prologue_codebook_size) > 2**16:
+        raise InputError(f"{path} has a codebook of more than {2**16} codes, the most that a token file can hold")
     val_data = args.val_data or default_val(args.data)
     jobs = [(args.data, "codes.npz", args.crops, args.flip)]
     jobs += [(val_data, "codes_val.npz", "none" if args.crops == "none" else "center", False)] if val_data else []
@@ -257,9 +257,10 @@ def main():
                   "data": str(data), "crops": crops, "flip": flip}
         codes = tokenize(tokenizer, images, machine, args, Path(args.out) / name,
                          dict(labels=images.labels, config=json.dumps(config)))
-        used = [len(np.unique(part)) for part in np.split(codes, [tokenizer.cfg.num_prologue], axis=2)]
-        machine.print(f"{Path(args.out) / name}: {' x '.join(map(str, codes.shape))} images x crops x codes; in use "
-                      f"{used[0]} prologue codes, {used[1]} visual codes")
+        if machine.rank == 0:
+            used = [len(np.unique(part)) for part in np.split(codes[:, 0], [tokenizer.cfg.num_prologue], axis=1)]
+            print(f"{Path(args.out) / name}: {' x '.join(map(str, codes.shape))} images x crops x codes; the first crops use "
+                  f"{used[0]} prologue codes, {used[1]} visual codes")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import fid
 from ar import AR, SCHEDULES, check_pair
-from common import InputError, Machine, SharedRows, common_flags, run, save_grid, to_float, to_uint8, writing
+from common import InputError, Machine, SharedRows, common_flags, exact_fp32, run, save_grid, to_float, to_uint8, writing
 from pretokenize import EMBEDDED, Images
 from tokenizer import Tokenizer
 
@@ -126,8 +126,9 @@ def draw_many(sampler, num, machine, path):
     weights = hashlib.sha256(sampler.ar.head.weight.detach().cpu().numpy()).hexdigest()
     key = sampler.settings, sampler.seed, sampler.tokenizer.fingerprint(), weights
     rows = SharedRows(path, (num, size, size, 3), np.uint8, machine, key)
-    for part in tqdm(torch.from_numpy(rows.missing()).split(sampler.batch_size), desc="samples", unit="batch",
-                     disable=machine.rank > 0):
+    missing = torch.from_numpy(rows.missing())
+    for i in tqdm(range(0, len(missing), sampler.batch_size), desc="samples", unit="batch", disable=machine.rank > 0):
+        part = missing[i:i + sampler.batch_size]
         rows.write(part.numpy(), sampler.pixels(sampler.codes(labels[part], part)).numpy())
     rows.pack("arr_0", arr_1=labels.numpy())
 
@@ -148,22 +149,25 @@ class Drawn:
 
 def generation_fid(sampler, num, network, reference):
     """gFID and Inception Score of `num` images, each class equally often, drawn and measured by all ranks."""
+    network = exact_fp32(sampler.machine.device.type)(network.forward)  # no TF32, no autocast in each call
     drawn = fid.extract(network, Drawn(sampler, num), sampler.machine.device, sampler.batch_size, "samples", keep=0)
     return {"gfid": fid.frechet_distance(*drawn["pool"], *reference["pool"]), "inception_score": drawn["inception_score"]}
 
 
 def sweep(sampler, args, out):
     """A table of every combination of the values in --sweep, best gFID first."""
-    size, device, lists = sampler.tokenizer.cfg.image_size, sampler.machine.device, {}
+    size, lists = sampler.tokenizer.cfg.image_size, {}
     for text in args.sweep:
         key, _, values = text.partition("=")
         try:
             lists[key] = [type(sampler.settings[key])(value) for value in values.split(",")]
+            if "temperature" in key and min(lists[key]) <= 0 or key == "cfg_schedule" and not set(lists[key]) <= set(SCHEDULES):
+                raise ValueError
         except (KeyError, ValueError):
             raise InputError(f"--sweep {text}: wanted is a name of {', '.join(sampler.settings)}, '=', and values with "
                              "commas between them") from None
-    network = fid.feature_network("auto", size, args.inception, device)[1]
-    reference = fid.reference_features(args.reference, network, device, sampler.batch_size, cache=False, size=size)
+    network = fid.feature_network("auto", size, args.inception, sampler.machine.device)[1]
+    reference = fid.reference_features(args.reference, network, sampler.machine.device, sampler.batch_size, False, size)
     base, rows = sampler.settings, []
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values))
@@ -185,8 +189,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Draw images.", parents=[preset],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--tokenizer", help="tokenizer file or released directory; by default tokenizer.safetensors in --out")
-    flag("--ar", help="AR file or released directory; by default ar.safetensors in --out")
+    flag("--tokenizer", help="tokenizer file or released directory; by default that in --out, or else the shipped one")
+    flag("--ar", help="AR file or released directory; by default that in --out, or else the shipped one")
     flag("--data", help="images of the reconstruction grid; by default the embedded ones for a 28 x 28 tokenizer")
     flag("--export", metavar="DIR", help="only write both models there as single files, also released ones")
     flag("--num", "--num_samples", type=int, default=1000,
@@ -209,8 +213,8 @@ def parse_args():
     common_flags(parser, batch_size=100)
     parser.set_defaults(**sampling_defaults(chosen.preset, chosen.no_cfg))
     args = parser.parse_args()
-    if min(args.temperature, args.temperature_prologue) <= 0:
-        parser.error("a temperature must be above 0; for the likeliest codes use --top_k 1")
+    if min(args.temperature, args.temperature_prologue) <= 0 or args.num < 0:
+        parser.error("a temperature must be above 0 (for the likeliest codes use --top_k 1), --num at least 0")
     return args
 
 

@@ -46,11 +46,6 @@ def attention(q, k, v, causal=False, mask=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
 
 
-def attention_backend(device, dtype):
-    """The one line that a script prints: which kernel `attention` will use."""
-    return "flash-attn" if dtype != torch.float32 and can_flash(device) else "torch's scaled_dot_product_attention"
-
-
 def rope_axis_dims(head_dim):
     """Widths of the three RoPE axes (row, column, l): 20, 20, 24 for a head of 64."""
     side = 2 * (head_dim * 5 // 32)
@@ -456,8 +451,8 @@ def is_onestage(directory):
         return False
     shard = released_shard(directory, 5, "joint AR")
     blocks = {name.split(".")[2] for name in shard if name.startswith("ar_model.layers.")}
-    size = len(blocks), shard["ar_model.out.weight"].shape[1] if blocks else 0
-    return bool(blocks) and ("onestage" in Path(directory).resolve().name.lower() or size[0] > 7 or size[1] > 512)
+    named = "onestage" in Path(directory).resolve().name.lower()
+    return bool(blocks) and (named or len(blocks) > 7 or shard["ar_model.out.weight"].shape[1] > 512)
 
 
 def released_tokenizer(directory):

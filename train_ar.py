@@ -125,12 +125,11 @@ def main():
             raise InputError(f"{path} was made by another tokenizer than {tokenizer_path}; run pretokenize.py again")
         if file and file.classes != tokens.classes:
             raise InputError(f"{path} and {codes_path} have different classes: {file.classes[:3]}... and {tokens.classes[:3]}...")
-
     ar = build(args, tokenizer, tokens).to(machine.device)
     optimizer = torch.optim.AdamW(param_groups([(ar, (0.9, args.beta2), args.weight_decay)]), lr=args.lr, fused=True)
     settings = asdict(ar.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "images": len(tokens.codes),
                                     "beta2": args.beta2, "weight_decay": args.weight_decay}
-    state = load_state(out / "train_ar.pt", args.resume, settings)
+    state = load_state(out / "train_ar.pt", args.resume, settings, machine)
     start = state["step"] if state else 0
     if state:
         ar.load_state_dict(state["ar"])
@@ -159,9 +158,6 @@ def main():
             save_grid(out / "train_ar.png", list(sampler.pixels(sampler.codes(labels, range(len(labels)))).split(10)))
         ar.train()
         return values
-
-    def logged():
-        return {"ce": loss.item(), "nats": loss.item() * ar.length, "grad_norm": norm.item(), "lr": lr_at(step, args)}
 
     if args.fid_every:
         network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, machine.device)[1]
@@ -193,6 +189,7 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or float("inf"))
         if referee.step_counts({"cross-entropy": loss, "gradient norm": norm}):
             optimizer.step()
+        logged = {"ce": loss, "nats": loss * ar.length, "grad_norm": norm, "lr": torch.tensor(lr_at(step, args))}
         if progress.end_step(step, referee, logged, measure, save):
             break
 

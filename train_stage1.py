@@ -24,7 +24,7 @@ from torch import nn
 
 import ar as ar_model
 import fid
-from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
+from common import (InputError, Machine, Progress, Referee, exact_fp32, load_state, lr_at, param_groups, positive, run, save_grid,
                     save_state, step_generator, to_float, to_uint8, training_parser, update_ema, visited)
 from pretokenize import EMBEDDED, Images, default_val
 from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig
@@ -155,7 +155,7 @@ class Perceptual(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images, target):
-        return sum((weight * net(images, target) for weight, net in zip((1.0, 0.1), self.nets)), images.new_zeros(()))
+        return sum(weight * net(images, target) for weight, net in zip((1.0, 0.1), self.nets))
 
 
 def code_usage(counts):
@@ -179,12 +179,12 @@ def evaluate(tokenizer, ar, images, network, machine, args):
         with machine.autocast():
             codes = tokenizer.encode(x)
             y = tokenizer.decode(codes)
-            labels = torch.from_numpy(images.labels[index]).to(machine.device) * (args.onestage > 0)
+            labels = torch.from_numpy(images.labels[index.numpy()]).to(machine.device) * (args.onestage > 0)
             nats = ar.cross_entropy(codes, labels, reduction="none").cpu() if ar else torch.zeros(1, 1)
         a, b = to_uint8(x), to_uint8(y)
         for part, pixels in zip(moments, (a, b) if network else ()):
-            part.add(network(pixels.to(machine.device))["pool"])
-        pictures = [torch.cat([old, new[::16]])[:16] for old, new in zip(pictures, (a, b))]
+            part.add(exact_fp32(machine.device.type)(network.forward)(pixels.to(machine.device))["pool"])
+        pictures = [torch.cat([old, new[::max(1, 16 // machine.world)]])[:16] for old, new in zip(pictures, (a, b))]
         mse = (a.float() - b.float()).square().mean((1, 2, 3)).clamp_min(1e-10)
         sums += torch.stack([(10 * (255**2 / mse).log10()).sum(), (x - y).abs().mean((1, 2, 3)).sum().cpu(),
                              *(part.sum() for part in nats.tensor_split([k, k + (k > 0)], 1))])
@@ -248,7 +248,7 @@ def parse_args():
         for key in ("image_size", "patch_size", "codebook_size", "code_dim"):
             if getattr(args, key) != parser.get_default(key):
                 parser.error(f"--{key} has no say with --layout post: it is that of the --init tokenizer")
-    args.tau = args.tau or (1.0 if args.direct_ce else cfg.tau)
+    args.tau = args.tau if args.tau is not None else 1.0 if args.direct_ce else cfg.tau
     args.model = model | {key: getattr(args, key) for key in keys}
     return args
 
@@ -297,7 +297,7 @@ def main():
     size, val_data = tokenizer.cfg.image_size, args.val_data or default_val(args.data) or args.data
     images.size = size  # the layout post takes it from --init
     if val_data == args.data:
-        machine.print(f"there is no held-out data (--val_data): measures are taken on {args.data} itself")
+        machine.print(f"no held-out data (--val_data): measures are taken on {args.data} itself")
     val = Images(val_data, size, "none" if args.crop == "none" else "center")
     if args.onestage and val.classes != images.classes:
         raise InputError(f"--onestage: {val_data} has other classes than {args.data}; give held-out images as --val_data")
@@ -312,8 +312,9 @@ def main():
     averages = torch.zeros(2, device=machine.device)  # LeCam: mean logits of real and of fake images
     modules = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
     settings = asdict(tokenizer.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size,
-                                        "names": images.digest(), "ce_weight": args.ce_weight}
-    state = load_state(out / "train_stage1.pt", args.resume, settings)
+                                        "names": images.digest(), "ce_weight": args.ce_weight, "onestage": args.onestage,
+                                        "direct_ce": args.direct_ce, "gan_channels": args.gan_channels if gan else 0}
+    state = load_state(out / "train_stage1.pt", args.resume, settings, machine)
     start = state["step"] if state else 0
     if state:
         for name, module in modules.items():
@@ -323,8 +324,8 @@ def main():
         averages.copy_(state["averages"])
         machine.print(f"going on from step {start}")
     if machine.compile:  # in place, so that the names of the weights stay as they are
-        for part in [tokenizer.encoder.transformer, tokenizer.decoder.transformer] + ([ar.transformer] if ar else []):
-            part.compile()
+        for part in filter(None, (tokenizer.encoder, tokenizer.decoder, getattr(tokenizer, "post_encoder", None), ar)):
+            part.transformer.compile()
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
     final = tokenizer if args.onestage else ema  # the weights that are used afterwards
     model, discriminator = machine.wrap(stage1), gan and machine.wrap(gan)
@@ -351,11 +352,6 @@ def main():
         if machine.rank == 0:
             save_grid(out / "train_stage1.png", [originals[:8], decoded[:8], originals[8:], decoded[8:]])
         return values
-
-    def logged():
-        values = {name: value.item() for name, value in terms.items() if name != "perceptual" or args.perceptual != "none"}
-        return values | {"lr": lr_at(step, args)} | dict(zip(("logits_real", "logits_fake"), logits.tolist() if gan else ()))
-
     progress, referee = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine)
     loader = iter(images.batches(visits(), args.num_workers))
     for step in range(start, args.steps):
@@ -371,14 +367,15 @@ def main():
         for i in range(0, per_rank, micro):
             batch, index = next(loader)
             x = to_float(batch[:, 0].to(machine.device, non_blocking=True))
-            labels = torch.from_numpy(images.labels[index]).where(labelled[i:i + micro], len(images.classes)) * args.onestage
+            labels = torch.from_numpy(images.labels[index.numpy()] * args.onestage)  # the joint AR knows none but 0
+            labels = labels.where(labelled[i:i + micro], len(images.classes) * args.onestage)
             more = i + micro < per_rank  # gradients travel between ranks once per step
             with machine.unsynced(model, more), machine.unsynced(discriminator, more and gan):
                 with machine.autocast():
                     y, _, vq, ce = model(x, labels.to(machine.device), drop[i:i + micro].to(machine.device))
                     part = {} if ce is None else {"ce": ce}
                     if y is not None:
-                        part |= {"l1": F.l1_loss(y, x), "perceptual": perceptual(y, x), "vq": vq}
+                        part |= {"l1": F.l1_loss(y, x), "vq": vq} | ({"perceptual": perceptual(y, x)} if perceptual.nets else {})
                     if gan:
                         gan.requires_grad_(False)
                         part["gan"] = F.softplus(-gan.net(y).float()).mean()
@@ -397,6 +394,7 @@ def main():
                 optimizer.step()
             averages.lerp_(machine.sum(logits).to(averages) / machine.world, 1 - 0.999)
             update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * (step + 1)))
+        logged = terms | {"lr": torch.tensor(lr_at(step, args))} | dict(zip(("logits_real", "logits_fake"), logits))
         if progress.end_step(step, referee, logged, measure, save):
             break
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Table A1: one factor at a time away from Prologue-Base, each with an AR-B of its own. ONLY="k4 tau1" takes some of the rows.
+# Table A1: one factor at a time away from Prologue-Base, each with an AR-B of its own. ONLY="k4 tau1" takes some of the rows;
+# flags given here go to stage 1, those in AR_FLAGS to stage 2.
 set -e
 cd "$(dirname "$0")/.."
 source recipes/common.sh

@@ -3,6 +3,9 @@
 #
 #   LAUNCH="torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --rdzv_id 1" recipes/prologue_b.sh
 #
+# The working directory must be on a file system that all nodes share; tokens and samples are written by all ranks into one file,
+# so where that is NFS, run pretokenize.py and sample.py on one node.
+#
 # DATA holds train/ (class folders) and val/; Kaggle's zip is read as it is. Further flags given to a recipe go to its
 # training script and win over those in the recipe: recipes/prologue_b.sh --resume --micro_batch_size 16
 DATA=${DATA:-imagenet.zip/ILSVRC/Data/CLS-LOC}

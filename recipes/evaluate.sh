@@ -6,6 +6,7 @@ set -e
 cd "$(dirname "$0")/.."
 source recipes/common.sh
 
+: "${3?give TOKENIZER AR PRESET}"
 pair=(--tokenizer "$1" --ar "$2" --preset "$3" --num_samples "${NUM:-50000}" --batch_size "${BATCH:-2048}")
 shift 3
 for mode in "" --no_cfg; do

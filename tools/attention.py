@@ -49,7 +49,8 @@ class Recorder:
 
 
 def ar_maps(ar, codes, labels, path):
-    """One panel per layer; returns the share of attention that visual queries give to prologue, above, left, and the rest."""
+    """One panel per layer; returns the shares of attention that visual queries give to the prologue, to the token above
+    the one they predict, and to the one two to its left (its left neighbour is the diagonal)."""
     maps = Recorder().record(lambda: ar(codes, labels)).mean(1)  # (layers, L, L)
     length, k = maps.shape[1], ar.cfg.num_prologue
     maps[:, :, 0] = 0  # position 0 is the class

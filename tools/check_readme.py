@@ -1,4 +1,4 @@
-"""Runs every command of README.md and every recipe, on a few tiny images and for a few steps, so that none of them rots.
+"""Runs every command in README.md's bash blocks and every recipe, on a few tiny images for a few steps, so that none rots.
 
     python tools/check_readme.py            # prints each command and its seconds; non-zero exit if one fails
 
@@ -31,7 +31,7 @@ TRAINING = "--steps 4 --batch_size 8 --log_every 2 --eval_images 8 --num_workers
 STAGE1 = f"--size tiny --ar_size nano {TRAINING} --perceptual none --gan_channels 8"
 STAGE2 = f"--size nano {TRAINING}"
 TINY = {"train_stage1.py": STAGE1, "train_ar.py": STAGE2, "pretokenize.py": "--num_workers 0",
-        "sample.py": "--num 20 --columns 2 --batch_size 20 --num_workers 0", "probe.py": "--tokens 4"}
+        "sample.py": "--num 20 --columns 2 --batch_size 20 --num_workers 0"}
 RECIPES = {"direct_ce": "CE_WEIGHTS=0.3 LAYOUTS=2d", "ablations": "ONLY=k4"}  # one of their many rows
 
 

@@ -3,7 +3,7 @@
     python tools/claims.py                          # all groups, seeds 0 and 1, into claims/; goes on where it was stopped
     python tools/claims.py layouts --jobs 2         # some groups, two cells at a time on half the cores each
     python tools/claims.py --scale 10 --out claims10    # ten times the steps, where a GPU is at hand
-    python tools/claims.py --report                 # only write results/claims.md and its plot from what is there
+    python tools/claims.py --report                 # only write results/claims_table.md and its plot from what is there
 
 A cell trains a tokenizer and an AR model on the embedded data, tries the same number of sampling settings as every other
 cell (500 samples each), and measures the best of them on 2,000 samples of another seed.
@@ -69,8 +69,11 @@ class Cell:
         done = self.out / f"{name}.seconds"
         if not done.exists():
             never = recipe["steps"]
-            done.write_text(str(self.script(name, "--seed", self.seed, "--resume", "--eval_every", never, "--save_every", 250,
-                                            "--log_every", 50, *flags)))
+            seconds = self.script(name, "--seed", self.seed, "--resume", "--eval_every", never, "--save_every", 250,
+                                  "--log_every", 50, *flags)
+            if last(self.out / name.replace(".py", ".jsonl"), "step") != recipe["steps"]:  # Ctrl-C reaches the trainer as well
+                raise RuntimeError(f"{self.row}, seed {self.seed}: {name} was stopped")
+            done.write_text(str(seconds))
         return float(done.read_text())
 
     def best(self, *lists):
@@ -191,9 +194,11 @@ def main():
         def work(cell):
             if cell.row == "post":
                 ready[cell.seed].wait()
-            cell.run()
-            if cell.row == "2d":
-                ready[cell.seed].set()
+            try:
+                cell.run()
+            finally:
+                if cell.row == "2d":
+                    ready[cell.seed].set()
 
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(work, cells))

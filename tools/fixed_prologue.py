@@ -48,10 +48,11 @@ def main():
         for i in range(0, args.pairs, 100):
             part = slice(i, i + 100)
             codes = ar.generate(labels[part], generator=generator, prologue=None if prologue is None else prologue[part])
-            parts.append(codes)
-            outputs.append(network(to_uint8(tokenizer.decode(codes))))
-        codes = torch.cat(parts)
-        return codes, to_uint8(tokenizer.decode(codes)).float(), {key: torch.cat([o[key] for o in outputs]) for key in outputs[0]}
+            images = to_uint8(tokenizer.decode(codes))
+            parts.append((codes, images))
+            outputs.append(network(images))
+        codes, images = (torch.cat(part) for part in zip(*parts))
+        return codes, images.float(), {key: torch.cat([o[key] for o in outputs]) for key in outputs[0]}
 
     codes, images, out = draw()
     for name, other in (("the same prologue", draw(codes[:, :k])), ("the same class only", draw())):

@@ -26,6 +26,8 @@ from tokenizer import Tokenizer, unit_norm
 def features(tokenizer, data, tokens, device):
     """{"hidden": (images, D), "codes": (images, c)} of the pooled first tokens, and labels (images,)"""
     images, cfg = Images(data, tokenizer.cfg.image_size), tokenizer.cfg
+    if cfg.num_prologue and tokens > cfg.num_prologue:
+        raise InputError(f"--tokens {tokens}: the prologue has only {cfg.num_prologue}")
     result, keys = {"hidden": [], "codes": []}, [(i, i) for i in range(len(images))]
     for batch, _ in tqdm(images.batches([keys[i:i + 100] for i in range(0, len(keys), 100)], 0), total=len(keys) // 100):
         x = to_float(batch[:, 0].to(device))
@@ -34,8 +36,6 @@ def features(tokenizer, data, tokens, device):
         codes = quantizer(hidden[:, :tokens])[1]
         result["hidden"].append(hidden[:, :tokens].mean(1).float().cpu())
         result["codes"].append(F.embedding(codes, unit_norm(quantizer.codebook)).mean(1).cpu())
-    if cfg.num_prologue and tokens > cfg.num_prologue:
-        raise InputError(f"--tokens {tokens}: the prologue has only {cfg.num_prologue}")
     return {name: torch.cat(parts) for name, parts in result.items()}, torch.from_numpy(images.labels)
 
 
