@@ -9,6 +9,7 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q test_all.py tools
+	$(RUN) tools/check_readme.py
 
 lint: $(VENV)/installed
 	$(RUN) -m pip install -q ruff
