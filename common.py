@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -138,14 +139,15 @@ def run(main):
     """Runs a script's main; bad input ends it with one sentence and exit code 1."""
     try:
         main()
-        dist.is_initialized() and dist.barrier()  # a rank that leaves while another still saves can abort on its way out
+        if dist.is_initialized():  # together, and without Python's teardown, which gloo's threads do not always survive
+            dist.barrier()
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)
     except ValueError as error:
         if type(error).__name__ not in ("InputError", "BadInput"):  # the second is fid.py's
             raise  # from a DataLoader worker the first comes wrapped in that worker's traceback
         sys.exit(f"{Path(sys.argv[0]).name}: {str(error).split('InputError: ')[-1].strip()}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def positive(text):
@@ -304,8 +306,9 @@ class Machine:
         if self.world == 1:
             return module
         # Copying BatchNorm buffers before each forward would change tensors that the backward still needs.
-        return DistributedDataParallel(module, [self.device.index] if self.device.type == "cuda" else None,
-                                       broadcast_buffers=False)
+        names = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # torch renamed it
+        return DistributedDataParallel(module, [self.device.index] if self.device.type == "cuda" else None, **{sync: False})
 
     def unsynced(self, module, yes):
         """A context in which a wrapped module's backward leaves its gradients on the rank, if `yes`."""
@@ -395,9 +398,9 @@ class Progress:
         if done % self.args.save_every == 0 or final:
             save(done)  # before the measures: who asks a run to stop may not wait for them
         if done % self.args.eval_every == 0 or done == self.args.steps:
-            measured = evaluate()
-            self.write(done, measured)
-            self.machine.print("  held-out: " + "  ".join(f"{key[4:]} {value:.4g}" for key, value in measured.items()))
+            if measured := evaluate():
+                self.write(done, measured)
+                self.machine.print("  held-out: " + "  ".join(f"{key[4:]} {value:.4g}" for key, value in measured.items()))
         self.clock += time.perf_counter() - before  # that time does not count against images/s
         if referee.stop:
             self.machine.print(f"asked to stop: saved after step {done}, go on with --resume")

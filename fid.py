@@ -125,7 +125,7 @@ class ImageSource:
         elif path.is_dir():
             names = [str(p) for p in path.rglob("*")]
         else:
-            raise BadInput(f"{path} does not exist: an .npz, a folder, a zip or a path into a zip is needed")
+            raise BadInput(f"{path} does not exist or is no .npz, folder, zip or path into a zip")
         self.names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
         if not self.names:
             raise BadInput(f"{path} holds no images")
@@ -407,8 +407,8 @@ def parse_args():
     args = parser.parse_args()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.tokenizer and args.reference:
-        parser.error("with --tokenizer give at most one path, a reference other than --data")
+    if args.tokenizer and args.reference or args.batch_size < 1:
+        parser.error("--batch_size must be above 0; with --tokenizer give at most one path, a reference other than --data")
     return args
 
 
@@ -490,10 +490,10 @@ def main():
 if __name__ == "__main__":
     try:
         main()
+        if dist.is_initialized():  # without Python's teardown, which gloo's threads do not always survive
+            sys.stdout.flush()
+            os._exit(0)
     except ValueError as error:
         if type(error).__name__ not in ("BadInput", "InputError"):  # the second comes from the tokenizer's files
             raise
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

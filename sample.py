@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import fid
 from ar import AR, SCHEDULES, check_pair
-from common import InputError, Machine, SharedRows, common_flags, exact_fp32, run, save_grid, to_float, to_uint8, writing
+from common import (InputError, Machine, SharedRows, common_flags, exact_fp32, positive, run, save_grid, to_float, to_uint8,
+                    writing)
 from pretokenize import EMBEDDED, Images
 from tokenizer import Tokenizer
 
@@ -200,7 +201,7 @@ def parse_args():
     flag("--reference", default=str(EMBEDDED / "train"), help="npz, folder or zip that --sweep compares with")
     flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for --sweep, instead of downloading them")
     flag("--classes", nargs="+", metavar="CLASS", help="names or numbers of the grids' classes; by default ten of all")
-    flag("--columns", type=int, default=10, help="images per row of a grid")
+    flag("--columns", type=positive, default=10, help="images per row of a grid")
     flag("--cfg_visual", type=float,
          help="guidance of the visual tokens: 1 = off, s * cond + (1 - s) * uncond; below 1 it pulls towards unconditional")
     flag("--cfg_prologue", type=float, help="guidance of the prologue tokens, in the same sense")

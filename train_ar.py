@@ -138,13 +138,11 @@ def main():
     if machine.compile:
         ar.transformer.compile()
     model = machine.wrap(ar)
-
     def save(step):
         if machine.rank == 0:
             ar.save(out / "ar.safetensors")
             save_state(out / "train_ar.pt", {"ar": ar.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
                                              "settings": settings})
-
     def measure():
         ar.eval()
         values = evaluate(ar, val, machine, args.eval_images) if val else {}
@@ -158,7 +156,6 @@ def main():
             save_grid(out / "train_ar.png", list(sampler.pixels(sampler.codes(labels, range(len(labels)))).split(10)))
         ar.train()
         return values
-
     if args.fid_every:
         network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, machine.device)[1]
         reference = fid.reference_features(args.reference, network, machine.device, 100, False, tokenizer.cfg.image_size)

@@ -346,7 +346,6 @@ def main():
                 ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
             save_state(out / "train_stage1.pt", {name: module.state_dict() for name, module in modules.items()} | {
                 "step": step, "averages": averages, "settings": settings, "optimizers": [o.state_dict() for o in optimizers]})
-
     def measure():
         values, (originals, decoded) = evaluate(final, ar, val, network, machine, args)
         if machine.rank == 0:

@@ -104,6 +104,7 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     paths = default_pair(args)
+    print(f"{paths[0]} and {paths[1]}")
     tokenizer = Tokenizer.load(paths[0])
     ar = AR.load(paths[1], tokenizer)
     check_pair(tokenizer, ar, names=paths)

@@ -19,10 +19,12 @@ def main():
     parser.add_argument("runs", nargs="+", help="--out folders of runs")
     parser.add_argument("--log", default="train_ar.jsonl")
     parser.add_argument("--keys", nargs="+", default=["val_nats", "val_nats_visual"])
-    parser.add_argument("--path", default="curves.png", help="the picture")
+    parser.add_argument("--path", help="the picture; by default curves.png in the first of the folders")
     args = parser.parse_args()
     figure, axes = pyplot.subplots(1, len(args.keys), figsize=(4.5 * len(args.keys), 3.5), squeeze=False)
     for run in args.runs:
+        if not (Path(run) / args.log).is_file():
+            raise SystemExit(f"curves.py: {Path(run) / args.log} does not exist; --log names another log")
         entries = [json.loads(line) for line in (Path(run) / args.log).read_text().splitlines()]
         for axis, key in zip(axes[0], args.keys):
             points = [(entry["step"], entry[key]) for entry in entries if key in entry]
@@ -33,8 +35,9 @@ def main():
             axis.set(xlabel="step", title=key)
     axes[0][0].legend()
     figure.tight_layout()
-    figure.savefig(args.path, dpi=90)
-    print(args.path)
+    path = args.path or Path(args.runs[0]) / "curves.png"
+    figure.savefig(path, dpi=90)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 For each pair two images of one class are drawn: with one prologue and visual tokens drawn apart, or with prologues drawn
 apart too. Printed are the mean distance of the two in pixels (root mean square, 0 to 255) and in the features of fid.py's
-network, and how often that network puts both into one class. Without guidance, so that the model alone speaks.
+network, and how often that network takes both for the same class (it errs, and so do samples). All without guidance.
 """
 import argparse
 import sys
@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--inception", help="torch-fidelity's Inception weights, instead of downloading them")
     args = parser.parse_args()
     paths = default_pair(args)
+    print(f"{paths[0]} and {paths[1]}")
     tokenizer = Tokenizer.load(paths[0])
     ar = AR.load(paths[1], tokenizer)
     check_pair(tokenizer, ar, names=paths)
