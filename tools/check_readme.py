@@ -110,7 +110,7 @@ def main():
             jobs = [pool.submit(part, folder, environment) for part in (readme, recipes)]
             failures = [text for job in jobs for text in job.result() if text]
         print(f"{time.perf_counter() - start:.0f} s in all, {len(failures)} failed")
-    sys.exit("\n".join(failures))
+    sys.exit("\n".join(failures) or 0)
 
 
 if __name__ == "__main__":
