@@ -393,7 +393,7 @@ class Progress:
         self.images += self.args.batch_size
         done, final = step + 1, step + 1 == self.args.steps or referee.stop
         if done % self.args.log_every == 0 or final:
-            self.line(done, {key: value.item() for key, value in values.items()})
+            self.line(done, {key: value.item() for key, value in values.items()} | {"lr": lr_at(step, self.args)})
         before = time.perf_counter()
         if done % self.args.save_every == 0 or final:
             save(done)  # before the measures: who asks a run to stop may not wait for them

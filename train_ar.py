@@ -186,7 +186,7 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or float("inf"))
         if referee.step_counts({"cross-entropy": loss, "gradient norm": norm}):
             optimizer.step()
-        logged = {"ce": loss, "nats": loss * ar.length, "grad_norm": norm, "lr": torch.tensor(lr_at(step, args))}
+        logged = {"ce": loss, "nats": loss * ar.length, "grad_norm": norm}
         if progress.end_step(step, referee, logged, measure, save):
             break
 

@@ -393,7 +393,7 @@ def main():
                 optimizer.step()
             averages.lerp_(machine.sum(logits).to(averages) / machine.world, 1 - 0.999)
             update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * (step + 1)))
-        logged = terms | {"lr": torch.tensor(lr_at(step, args))} | dict(zip(("logits_real", "logits_fake"), logits))
+        logged = terms | dict(zip(("logits_real", "logits_fake"), logits if gan else ()))
         if progress.end_step(step, referee, logged, measure, save):
             break
 
