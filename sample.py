@@ -52,12 +52,16 @@ def sampling_defaults(preset, no_cfg):
     return dict(zip(names, (*scales, power, *temperatures)))
 
 
-def default_pair(args):
-    """Paths of tokenizer and AR model: --tokenizer and --ar, else those in --out, else the pair that comes with the code."""
+def load_pair(args, device):
+    """Tokenizer, AR model and their paths: --tokenizer and --ar, else those in --out, else the pair that comes with the code."""
     folder = Path(args.out)
     if not (args.tokenizer or args.ar or any((folder / name).exists() for name in ("tokenizer.safetensors", "ar.safetensors"))):
         folder = Path(__file__).parent / "checkpoints" / "fashion_mnist"
-    return args.tokenizer or folder / "tokenizer.safetensors", args.ar or folder / "ar.safetensors"
+    paths = args.tokenizer or folder / "tokenizer.safetensors", args.ar or folder / "ar.safetensors"
+    tokenizer = Tokenizer.load(paths[0]).to(device)
+    ar = AR.load(paths[1], tokenizer).to(device)
+    check_pair(tokenizer, ar, names=paths)
+    return tokenizer, ar, paths
 
 
 def noise_for(seed, indices, count):
@@ -168,10 +172,10 @@ def sweep(sampler, args, out):
             raise InputError(f"--sweep {text}: wanted is a name of {', '.join(sampler.settings)}, '=', and values with "
                              "commas between them") from None
     network = fid.feature_network("auto", size, args.inception, sampler.machine.device)[1]
-    reference = fid.reference_features(args.reference, network, sampler.machine.device, sampler.batch_size, False, size)
+    with exact_fp32(sampler.machine.device.type):
+        reference = fid.reference_features(args.reference, network, sampler.machine.device, sampler.batch_size, False, size)
     base, rows = sampler.settings, []
-    for values in itertools.product(*lists.values()):
-        chosen = dict(zip(lists, values))
+    for chosen in (dict(zip(lists, values)) for values in itertools.product(*lists.values())):
         sampler.settings = base | chosen
         rows.append(chosen | generation_fid(sampler, args.num, network, reference))
     rows.sort(key=lambda row: row["gfid"])
@@ -222,11 +226,8 @@ def parse_args():
 def main():
     args = parse_args()
     machine, out = Machine(args), Path(args.out)
-    paths = default_pair(args)
+    tokenizer, ar, paths = load_pair(args, machine.device)
     machine.print(f"{paths[0]} and {paths[1]}")
-    tokenizer = Tokenizer.load(paths[0]).to(machine.device)
-    ar = AR.load(paths[1], tokenizer).to(machine.device)
-    check_pair(tokenizer, ar, names=paths)
     if ar.cfg.num_classes == 0:
         raise InputError(f"{paths[1]} is the joint AR of stage 1, which knows no classes; an ar.safetensors is needed")
     if machine.compile:

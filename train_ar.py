@@ -16,7 +16,7 @@ import torch
 
 import fid
 from ar import AR, SIZES, ARConfig, check_pair
-from common import (InputError, Machine, Progress, Referee, load_state, lr_at, param_groups, positive, run, save_grid,
+from common import (InputError, Machine, Progress, Referee, exact_fp32, load_state, lr_at, param_groups, positive, run, save_grid,
                     save_state, step_generator, training_parser, visited)
 from pretokenize import EMBEDDED
 from sample import PRESETS, Sampler, generation_fid, sampling_defaults
@@ -158,7 +158,8 @@ def main():
         return values
     if args.fid_every:
         network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, machine.device)[1]
-        reference = fid.reference_features(args.reference, network, machine.device, 100, False, tokenizer.cfg.image_size)
+        with exact_fp32(machine.device.type):
+            reference = fid.reference_features(args.reference, network, machine.device, 100, False, tokenizer.cfg.image_size)
     progress, referee = Progress(out / "train_ar.jsonl", machine, args, start), Referee(machine)
     machine.print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters, {len(tokens.classes)} classes, "
                   f"{' x '.join(map(str, tokens.codes.shape))} images x crops x codes")

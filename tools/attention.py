@@ -21,11 +21,9 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 import tokenizer as tokenizer_file
-from ar import AR, check_pair
 from common import run, to_float, to_uint8
 from pretokenize import EMBEDDED, Images
-from sample import default_pair
-from tokenizer import Tokenizer
+from sample import load_pair
 
 
 class Recorder:
@@ -103,11 +101,8 @@ def main():
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    paths = default_pair(args)
+    tokenizer, ar, paths = load_pair(args, "cpu")
     print(f"{paths[0]} and {paths[1]}")
-    tokenizer = Tokenizer.load(paths[0])
-    ar = AR.load(paths[1], tokenizer)
-    check_pair(tokenizer, ar, names=paths)
     images = Images(args.data, tokenizer.cfg.image_size)
     index = [i * len(images) // args.images for i in range(args.images)]
     x = to_float(torch.stack([images[i, i][0][0] for i in index]))

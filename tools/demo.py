@@ -12,10 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ar import AR, check_pair
 from common import InputError, Machine, common_flags, run
-from sample import PRESETS, Sampler, default_pair, sampling_defaults
-from tokenizer import Tokenizer
+from sample import PRESETS, Sampler, load_pair, sampling_defaults
 
 
 def page(sampler, columns):
@@ -98,10 +96,7 @@ def main():
     except ImportError:
         raise InputError("the page needs gradio: pip install gradio") from None
     machine = Machine(args)
-    paths = default_pair(args)
-    tokenizer = Tokenizer.load(paths[0]).to(machine.device)
-    ar = AR.load(paths[1], tokenizer).to(machine.device)
-    check_pair(tokenizer, ar, names=paths)
+    tokenizer, ar, _ = load_pair(args, machine.device)
     sampler = Sampler(ar, tokenizer, machine, args.seed, args.batch_size, sampling_defaults(args.preset, False))
     page(sampler, args.columns).launch(server_name="127.0.0.1", server_port=args.port)
 

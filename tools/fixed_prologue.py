@@ -16,10 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import fid
-from ar import AR, check_pair
 from common import InputError, run, to_uint8
-from sample import default_pair
-from tokenizer import Tokenizer
+from sample import load_pair
 
 
 @torch.no_grad()
@@ -32,11 +30,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inception", help="torch-fidelity's Inception weights, instead of downloading them")
     args = parser.parse_args()
-    paths = default_pair(args)
+    tokenizer, ar, paths = load_pair(args, "cpu")
     print(f"{paths[0]} and {paths[1]}")
-    tokenizer = Tokenizer.load(paths[0])
-    ar = AR.load(paths[1], tokenizer)
-    check_pair(tokenizer, ar, names=paths)
     if not ar.cfg.num_prologue:
         raise InputError(f"{paths[1]} has no prologue")
     network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, "cpu")[1]
