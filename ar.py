@@ -19,7 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from common import InputError, Linear, product, read_checkpoint, save_checkpoint
-from tokenizer import RMSNorm, Transformer, fold, init_weights, is_onestage, released_shard, rope_angles, rope_axis_dims
+from tokenizer import (RMSNorm, Transformer, attention, can_flash, flash_attn_with_kvcache, fold, init_weights, is_onestage,
+                       released_shard, rope_angles, rope_axis_dims)
 
 # Paper table A4, but XL is 32 x 1280: the table's 24 x 2048 is a typo, its authors say. S is the joint AR of stage 1, nano
 # that of the tiny tokenizer.
@@ -33,6 +34,7 @@ SIZES = {
 }
 SCHEDULES = ("constant", "linear", "cosine")
 LOGITS = 2**24  # that the training loss holds at a time, 64 MB of fp32
+
 
 @dataclass
 class ARConfig:
@@ -56,18 +58,27 @@ class ARConfig:
 
 
 class KVCache:
-    """Keys and values of one layer, allocated once for all positions; `AR.step` sets `rows` and `start`, where the next go."""
+    """Keys and values of one layer while `generate` draws, allocated once for all positions."""
 
-    def __init__(self, rows, length):
-        self.size, self.k, self.v, self.rows, self.start = (rows, length), None, None, slice(None), 0
+    def __init__(self, length, static):
+        self.length, self.static, self.k, self.v = length, static, None, None
 
-    def append(self, k, v):
-        """k, v (rows, T, heads, d) -> all keys and values so far (rows, start+T, heads, d)"""
+    def attend(self, q, k, v, start):
+        """q, k, v (B, T, heads, d) of the positions start.. -> (B, T, heads, d), attention to all positions so far.
+
+        A compiled step has start as a tensor (1,) and T = 1: no shape of it changes, a mask hides what lies behind start."""
         if self.k is None:
-            self.k, self.v = k.new_zeros(self.size + k.shape[2:]), v.new_zeros(self.size + v.shape[2:])
-        end = self.start + k.shape[1]
-        self.k[self.rows, self.start:end], self.v[self.rows, self.start:end] = k, v
-        return self.k[self.rows, :end], self.v[self.rows, :end]
+            self.k, self.v = (x.new_zeros(len(x), self.length, *x.shape[2:]) for x in (k, v))
+            for x in (self.k, self.v) if self.static else ():  # a CUDA graph may write only to what never moves
+                torch._dynamo.mark_static_address(x)
+        if torch.is_tensor(start):
+            self.k[:, start], self.v[:, start] = k, v
+            return attention(q, self.k, self.v, mask=(torch.arange(self.length, device=q.device) <= start)[None])
+        if q.dtype != torch.float32 and can_flash(q.device):
+            return flash_attn_with_kvcache(q, self.k, self.v, k, v, cache_seqlens=start, causal=True)
+        end = start + k.shape[1]
+        self.k[:, start:end], self.v[:, start:end] = k, v
+        return attention(q, self.k[:, :end], self.v[:, :end], causal=k.shape[1] > 1)  # T > 1 only at start 0
 
 
 def guidance(scale, schedule, power, t):
@@ -130,7 +141,7 @@ class AR(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.compiled_step = cfg, None
         self.length = cfg.num_prologue + cfg.num_visual + (cfg.num_prologue > 0)  # L
         self.eos = cfg.codebook_size + cfg.prologue_codebook_size
         vocab = self.eos + (cfg.num_prologue > 0)
@@ -187,16 +198,40 @@ class AR(nn.Module):
             return LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head.weight, tokens.flatten())
         return torch.stack([F.cross_entropy(self.head(h).float(), t, reduction="none") for h, t in zip(hidden, tokens)])
 
-    def step(self, x, caches, rows, start):
-        """Runs inputs x (rows, T, D) at positions start.. through the cache -> last hidden state (rows, D)."""
-        length, mask = x.shape[1], None
-        if start and length > 1:
-            mask = torch.ones(length, start + length, dtype=torch.bool, device=x.device).tril(start)
-        for cache in caches:
-            cache.rows, cache.start = rows, start
+    def compile_step(self):
+        """From now on `generate` runs single tokens through torch.compile, on CUDA as a CUDA graph, in caches that stay."""
+        self.compiled_step, self.caches = torch.compile(self.step, mode="reduce-overhead", dynamic=False), {}
+
+    def step(self, x, caches, start):
+        """Runs inputs x (B, T, D) at positions start.. through the caches -> last hidden state (B, D)."""
+        angles = self.angles[start] if torch.is_tensor(start) else self.angles[start:start + x.shape[1]]
         # Not by __call__, which --compile replaces: it would compile anew for every length of the cache.
-        x = self.transformer.forward(x, self.angles[start:start + length], length > 1 and not start, caches, mask)
-        return self.norm(x[:, -1])
+        return self.norm(self.transformer.forward(x, angles, caches=caches, start=start)[:, -1])
+
+    def segment(self, labels, prefix, vocabulary, scales, noise, temperature, top_k, top_p):
+        """Draws len(scales) codes (B, len(scales)) of the vocabulary's rows `vocabulary` behind tokens `prefix` (B, T).
+
+        Guidance runs class and unconditional in one batch; it takes place unless all scales are 1."""
+        guided, batch = any(scale != 1 for scale in scales), len(labels)
+        x = self.embedding(prefix)
+        x = torch.cat([torch.cat([self.bos(c)[:, None], x], 1)
+                       for c in [labels, torch.full_like(labels, self.cfg.num_classes)][:1 + guided]])  # (B or 2B, 1 + T, D)
+        caches = [KVCache(-(-self.length // 8) * 8, self.compiled_step is not None) for _ in self.transformer.blocks]
+        if self.compiled_step:
+            caches = self.caches.setdefault(len(x), caches)
+        codes, start = [], 0
+        for i, scale in enumerate(scales):
+            if i and self.compiled_step:
+                h = self.compiled_step(x, caches, torch.full((1,), start, device=x.device))
+            else:
+                h = self.step(x, caches, start)
+            start += x.shape[1]
+            logits = product(h, self.head.weight[vocabulary]).float()  # the only rows of the head that are computed
+            if guided:
+                logits = scale * logits[:batch] + (1 - scale) * logits[batch:]
+            codes.append(sample_codes(logits, noise[:, i], temperature, top_k, top_p))
+            x = self.embedding(codes[-1] + vocabulary.start)[:, None].repeat(1 + guided, 1, 1)
+        return torch.stack(codes, 1)
 
     @torch.no_grad()
     def generate(self, labels, cfg_prologue=1.0, cfg_visual=1.0, cfg_schedule="cosine", cfg_power=1.0,
@@ -209,53 +244,20 @@ class AR(nn.Module):
         """
         if self.training:
             raise InputError("generate needs the model in eval mode: call ar.eval() first")
-        k, n, v, batch = self.cfg.num_prologue, self.cfg.num_visual, self.cfg.codebook_size, len(labels)
-        cond, uncond, both = slice(0, batch), slice(batch, 2 * batch), slice(0, 2 * batch)
-        guided_prologue, guided_visual = k > 0 and prologue is None and cfg_prologue != 1, cfg_visual != 1
-        caches = [KVCache(2 * batch if guided_prologue or guided_visual else batch, self.length)
-                  for _ in self.transformer.blocks]
+        k, n, v = self.cfg.num_prologue, self.cfg.num_visual, self.cfg.codebook_size
         if noise is None:
-            noise = torch.rand(batch, k + n, generator=generator, device=generator.device if generator else None)
-        noise = noise.to(labels.device)
-        bos, bos_uncond = self.bos(labels)[:, None], self.bos(torch.full_like(labels, self.cfg.num_classes))[:, None]
-
-        def draw(h, first, last, u, scale, temperature):
-            """Hidden states -> codes (B,) out of the vocabulary's rows first..last, the only logits computed."""
-            logits = product(h, self.head.weight[first:last]).float()  # (B or 2B, last-first)
-            if len(logits) > batch:
-                logits = scale * logits[cond] + (1 - scale) * logits[uncond]
-            return sample_codes(logits, u, temperature, top_k, top_p)
-
-        codes = labels.new_empty(batch, k + n)
-        if k and prologue is None:
-            rows = both if guided_prologue else cond
-            x = torch.cat([bos, bos_uncond]) if guided_prologue else bos  # (rows, 1, D)
-            for i in range(k):
-                h = self.step(x, caches, rows, i)
-                codes[:, i] = draw(h, v, self.eos, noise[:, i], cfg_prologue, temperature_prologue or temperature)
-                x = self.embedding(codes[:, i] + v)[:, None].repeat(1 + guided_prologue, 1, 1)
-        elif k:
-            codes[:, :k] = prologue
-
-        # Into the visual tokens: EOS is forced, so it goes in together with the last prologue token and has no step of its own.
-        prefix = self.embedding(torch.cat([codes[:, :k] + v, codes.new_full((batch, int(k > 0)), self.eos)], 1))
-        rows = both if guided_visual else cond
-        if guided_prologue and guided_visual:
-            h = self.step(prefix[:, -2:].repeat(2, 1, 1), caches, both, k)
-        else:  # a half that has not run yet takes the whole prefix at once
-            h = (self.step(prefix[:, -2:], caches, cond, k) if k and prologue is None
-                 else self.step(torch.cat([bos, prefix], 1), caches, cond, 0))
-            if guided_visual:
-                h = torch.cat([h, self.step(torch.cat([bos_uncond, prefix], 1), caches, uncond, 0)])
-        start = self.length - n + 1  # positions in the cache once the prefix is in: class, prologue, EOS
-        for j in range(n):
-            if j:
-                x = self.embedding(codes[:, k + j - 1])[:, None].repeat(1 + guided_visual, 1, 1)
-                h = self.step(x, caches, rows, start + j - 1)
-            # Progress counts EOS as 0; without a prologue the first visual token is 0.
-            scale = guidance(cfg_visual, cfg_schedule, cfg_power, (j + 1) / (n + 1) if k else j / n)
-            codes[:, k + j] = draw(h, 0, v, noise[:, k + j], scale, temperature)
-        return codes
+            noise = torch.rand(len(labels), k + n, generator=generator, device=generator.device if generator else None)
+        noise, prefix = noise.to(labels.device), labels.new_empty(len(labels), 0)
+        if k:
+            if prologue is None:
+                prologue = self.segment(labels, prefix, slice(v, self.eos), [cfg_prologue] * k, noise,
+                                        temperature_prologue or temperature, top_k, top_p)
+            # EOS is forced, so it has no step of its own: it goes in with the prologue, all at once, before the visual tokens.
+            prefix = torch.cat([prologue.to(labels) + v, prefix.new_full((len(labels), 1), self.eos)], 1)
+        # Progress counts EOS as 0; without a prologue the first visual token is 0.
+        scales = [guidance(cfg_visual, cfg_schedule, cfg_power, (j + 1) / (n + 1) if k else j / n) for j in range(n)]
+        visual = self.segment(labels, prefix, slice(0, v), scales, noise[:, k:], temperature, top_k, top_p)
+        return torch.cat([prologue.to(labels), visual], 1) if k else visual
 
     def save(self, path):
         save_checkpoint(path, "ar", self.state_dict(), asdict(self.cfg))

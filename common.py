@@ -168,6 +168,7 @@ def training_parser(description, sizes, recipes):
     flag = parser.add_argument
     flag("--steps", type=positive, default=recipe["steps"], help="length of the whole run, which the learning rate follows")
     flag("--micro_batch_size", type=positive, help="images per forward and rank; by default all of the rank's share")
+    flag("--checkpoint", action="store_true", help="keep each block's input only and run it again in the backward: less memory")
     flag("--lr", type=float, default=recipe["lr"], help="learning rate after the warmup")
     flag("--min_lr", type=float, default=recipe["min_lr"], help="learning rate at the last step")
     flag("--warmup", type=int, default=recipe["warmup"], help="steps of linear warmup")
@@ -359,20 +360,14 @@ class Progress:
 
     def __init__(self, path, machine, args, step):
         self.path, self.machine, self.args = Path(path), machine, args
-        self.clock, self.images, self.start = time.perf_counter(), 0, step
-
-    def truncate(self):
-        """Empties the log, or on resuming forgets what was logged after the state was saved, and a line cut off by a kill."""
-        old = self.path.read_text().splitlines() if self.start and self.path.exists() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= self.start]
-        with writing(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
-        self.start = None
+        self.clock, self.images = time.perf_counter(), 0
+        if machine.rank == 0:  # a resumed run forgets what was logged after its state was saved, and a line cut off by a kill
+            old = self.path.read_text().splitlines() if step and self.path.exists() else []
+            with writing(self.path) as temporary:
+                temporary.write_text("".join(f"{x}\n" for x in old if x.endswith("}") and json.loads(x)["step"] <= step))
 
     def write(self, step, values):
         if self.machine.rank == 0:
-            if self.start is not None:
-                self.truncate()
             with open(self.path, "a") as f:
                 f.write(json.dumps({"step": step} | values) + "\n")
 
@@ -437,21 +432,22 @@ class Referee:
         return False
 
 
-def save_state(path, state):
-    """Writes a training state; the one before it stays beside it."""
+def save_state(path, step, settings, parts):
+    """Writes the state of the modules and optimizers {name: part} after `step`; the file before it stays beside it."""
     with writing(path) as temporary:
-        torch.save(state, temporary)
+        torch.save({name: part.state_dict() for name, part in parts.items()} | {"step": step, "settings": settings}, temporary)
         if path.exists():
             os.replace(path, path.with_suffix(".previous.pt"))
 
 
-def load_state(path, resume, settings, machine):
-    """The training state at `path`, or the one before it, if --resume asks for it, else None. Raises InputError."""
+def load_state(path, resume, settings, parts, machine):
+    """Loads the state at `path`, or the one before it, into `parts` if --resume asks for it; returns its step, or 0 where
+    there is none. Raises InputError."""
     found = [p for p in (path, path.with_suffix(".previous.pt")) if p.exists()]
     if machine.sum(torch.tensor([len(found)])).item() != machine.world * len(found):
         raise InputError(f"not all ranks see the same files beside {path}: --out must be on a file system that all nodes share")
     if not resume or not found:
-        return None
+        return 0
     try:
         state = torch.load(found[0], weights_only=True, map_location="cpu")
     except Exception as error:
@@ -460,4 +456,7 @@ def load_state(path, resume, settings, machine):
     for key, value in settings.items():
         if state["settings"].get(key) != value:
             raise InputError(f"--resume: {found[0]} was made with {key} {state['settings'].get(key)!r}, this run has {value!r}")
-    return state
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    machine.print(f"going on from step {state['step']}")
+    return state["step"]

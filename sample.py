@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import fid
@@ -78,14 +79,16 @@ class Sampler:
 
     def codes(self, labels, indices, prologue=None):
         """labels (n,), image indices (n,), prologue (n, K) or None -> codes (n, K+N), --batch_size at a time"""
-        parts = []
+        parts, indices = [], torch.as_tensor(indices)
         for i in range(0, len(labels), self.batch_size):
-            part = slice(i, i + self.batch_size)
+            # A compiled step knows one batch size, so a short batch is filled up with its last image.
+            end = i + self.batch_size if self.ar.compiled_step else min(i + self.batch_size, len(labels))
+            part = torch.arange(i, end).clamp(max=len(labels) - 1)
             with self.machine.autocast():
                 parts.append(self.ar.generate(
                     labels[part].to(self.machine.device), prologue=None if prologue is None else prologue[part],
                     noise=noise_for(self.seed, indices[part], self.count), **self.settings))
-        return torch.cat(parts)
+        return torch.cat(parts)[:len(labels)]
 
     def pixels(self, codes):
         """codes (n, K+N) -> uint8 (n, H, W, 3)"""
@@ -128,7 +131,7 @@ def reconstruction_grid(sampler, data, columns):
 def draw_many(sampler, num, machine, path):
     """Writes the .npz of `num` images, each class equally often: arr_0 uint8 (num, H, W, 3), arr_1 labels."""
     size, labels = sampler.tokenizer.cfg.image_size, torch.arange(num) % sampler.ar.cfg.num_classes
-    weights = hashlib.sha256(sampler.ar.head.weight.detach().cpu().numpy()).hexdigest()
+    weights = hashlib.sha256(sampler.ar.head.weight.detach().cpu().float().numpy()).hexdigest()
     key = sampler.settings, sampler.seed, sampler.tokenizer.fingerprint(), weights
     rows = SharedRows(path, (num, size, size, 3), np.uint8, machine, key)
     missing = torch.from_numpy(rows.missing())
@@ -232,12 +235,15 @@ def main():
         raise InputError(f"{paths[1]} is the joint AR of stage 1, which knows no classes; an ar.safetensors is needed")
     if machine.compile:
         tokenizer.decoder.transformer.compile()
+        ar.compile_step()
     if args.export:
         if machine.rank == 0:
             tokenizer.save(Path(args.export) / "tokenizer.safetensors")
             ar.save(Path(args.export) / "ar.safetensors")
         return
-    ar.requires_grad_(machine.dtype != torch.float32)  # autocast keeps its casts of weights only where these need gradients
+    for part in ar.modules():  # the matrices alone, once: autocast would cast them at every step, and the rest stays fp32
+        if isinstance(part, nn.Linear):
+            part.to(machine.dtype)
     sampler = Sampler(ar, tokenizer, machine, args.seed, args.batch_size, {key: getattr(args, key) for key in (
         "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_power", "temperature", "temperature_prologue", "top_k", "top_p")})
     if args.sweep:

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from common import InputError, Linear, exact_fp32, open_safetensors, product, read_checkpoint, save_checkpoint
 
 try:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_with_kvcache
 except Exception:  # not only a missing package: a build for another torch fails with "undefined symbol"
-    flash_attn_func = None
+    flash_attn_func = flash_attn_with_kvcache = None
 
 
 def unit_norm(x):
@@ -103,13 +104,12 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
         self.out = Linear(dim, dim, bias=bias)
 
-    def forward(self, x, cos, sin, causal=False, cache=None, mask=None):
+    def forward(self, x, cos, sin, attend):
+        """x (B, T, D), attend(q, k, v) -> (B, T, heads, d): `attention`, or a cache that adds all keys and values before"""
         q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)  # each (B, T, heads, d)
         q = rope(self.q_norm(q), cos, sin).to(v.dtype)
         k = rope(self.k_norm(k), cos, sin).to(v.dtype)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, everything so far, heads, d)
-        return self.out(attention(q, k, v, causal, mask).flatten(2))  # (B, T, D)
+        return self.out(attend(q, k, v).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -132,8 +132,8 @@ class Block(nn.Module):
         self.norm2, self.mlp = RMSNorm(dim), MLP(dim, hidden, bias)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, cos, sin, causal=False, cache=None, mask=None):
-        x = x + self.drop(self.attn(self.norm1(x), cos, sin, causal, cache, mask))
+    def forward(self, x, cos, sin, attend):
+        x = x + self.drop(self.attn(self.norm1(x), cos, sin, attend))
         return x + self.drop(self.mlp(self.norm2(x)))
 
 
@@ -147,6 +147,7 @@ def init_weights(module, std=0.02):
 
 class Transformer(nn.Module):
     """`layers` blocks over (B, T, dim); MLP hidden width round(hidden_ratio * dim)."""
+    checkpoint = False  # the trainers' --checkpoint sets it for all
 
     def __init__(self, layers, dim, head_dim, hidden_ratio, bias, dropout=0.0):
         super().__init__()
@@ -157,10 +158,13 @@ class Transformer(nn.Module):
         for block in self.blocks:  # the residual stream keeps its size whatever the depth
             init_weights(block.attn.out, 0.02 / math.sqrt(2 * layers)), init_weights(block.mlp.fc2, 0.02 / math.sqrt(2 * layers))
 
-    def forward(self, x, angles, causal=False, caches=None, mask=None):
-        cos, sin = angles.cos(), angles.sin()  # (T, d/2)
+    def forward(self, x, angles, causal=False, caches=None, start=0):
+        """x (B, T, D), angles (T, d/2) of its positions -> (B, T, D); with caches the T tokens stand at start, start + 1, ..."""
+        cos, sin = angles.cos(), angles.sin()
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, causal, caches and caches[i], mask)
+            attend = functools.partial(caches[i].attend, start=start) if caches else functools.partial(attention, causal=causal)
+            again = self.checkpoint and self.training
+            x = checkpoint(block, x, cos, sin, attend, use_reentrant=False) if again else block(x, cos, sin, attend)
         return x
 
 
@@ -396,6 +400,7 @@ class Tokenizer(nn.Module):
             model = cls(TokenizerConfig(**cfg))
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
+
 
 # The released checkpoints. Their networks are conditioned on a label that is the same constant in every release, so the
 # adaptive norms and gates are constants too and fold into the plain weights above without changing a number.

@@ -20,7 +20,7 @@ from common import (InputError, Machine, Progress, Referee, exact_fp32, load_sta
                     save_state, step_generator, training_parser, visited)
 from pretokenize import EMBEDDED
 from sample import PRESETS, Sampler, generation_fid, sampling_defaults
-from tokenizer import Tokenizer, TokenizerConfig
+from tokenizer import Tokenizer, TokenizerConfig, Transformer
 
 # Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
 RECIPES = {
@@ -128,21 +128,19 @@ def main():
     ar = build(args, tokenizer, tokens).to(machine.device)
     optimizer = torch.optim.AdamW(param_groups([(ar, (0.9, args.beta2), args.weight_decay)]), lr=args.lr, fused=True)
     settings = asdict(ar.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "images": len(tokens.codes),
-                                    "beta2": args.beta2, "weight_decay": args.weight_decay}
-    state = load_state(out / "train_ar.pt", args.resume, settings, machine)
-    start = state["step"] if state else 0
-    if state:
-        ar.load_state_dict(state["ar"])
-        optimizer.load_state_dict(state["optimizer"])
-        machine.print(f"going on from step {start}")
+                                 "beta2": args.beta2, "weight_decay": args.weight_decay}
+    parts = {"ar": ar, "optimizer": optimizer}
+    start = load_state(out / "train_ar.pt", args.resume, settings, parts, machine)
+    Transformer.checkpoint = args.checkpoint
     if machine.compile:
         ar.transformer.compile()
     model = machine.wrap(ar)
+
     def save(step):
         if machine.rank == 0:
             ar.save(out / "ar.safetensors")
-            save_state(out / "train_ar.pt", {"ar": ar.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                                             "settings": settings})
+            save_state(out / "train_ar.pt", step, settings, parts)
+
     def measure():
         ar.eval()
         values = evaluate(ar, val, machine, args.eval_images) if val else {}
@@ -156,6 +154,7 @@ def main():
             save_grid(out / "train_ar.png", list(sampler.pixels(sampler.codes(labels, range(len(labels)))).split(10)))
         ar.train()
         return values
+
     if args.fid_every:
         network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, machine.device)[1]
         with exact_fp32(machine.device.type):

@@ -27,7 +27,7 @@ import fid
 from common import (InputError, Machine, Progress, Referee, exact_fp32, load_state, lr_at, param_groups, positive, run, save_grid,
                     save_state, step_generator, to_float, to_uint8, training_parser, update_ema, visited)
 from pretokenize import EMBEDDED, Images, default_val
-from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig
+from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer
 
 # Defaults by --size: the paper's for B and L (150 and 200 epochs of ImageNet at batch 256), minutes on two cores for tiny.
 RECIPES = {
@@ -71,6 +71,7 @@ class Discriminator(nn.Module):
                 nn.init.normal_(module.weight, 0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1, 0.02)
+        self.register_buffer("averages", torch.zeros(2))  # LeCam: mean logits of real and of fake images
 
     def forward(self, real, fake, r1):
         """Logits of both batches, each with its own BatchNorm statistics, and R1: |dD(real)/dreal|^2 summed over pixels."""
@@ -145,23 +146,11 @@ def load_torchvision(build, file, flag):
                          f"({str(error).splitlines()[0]}); give the file as {flag}, or --perceptual none") from None
 
 
-class Perceptual(nn.Module):
-    """none, vgg, convnext, or both = vgg + 0.1 * convnext; frozen and in eval mode."""
-
-    def __init__(self, kind, vgg_weights, convnext_weights):
-        super().__init__()
-        self.nets = nn.ModuleList([LPIPS(vgg_weights)] if kind in ("vgg", "both") else [])
-        self.nets += [ConvNextLoss(convnext_weights)] if kind in ("convnext", "both") else []
-        self.eval().requires_grad_(False)
-
-    def forward(self, images, target):
-        return sum(weight * net(images, target) for weight, net in zip((1.0, 0.1), self.nets))
-
-
-def code_usage(counts):
-    """Codes in use and perplexity of a histogram of codes."""
-    p = counts.double() / counts.sum().clamp_min(1)  # on the CPU: MPS has no float64
-    return int((counts > 0).sum()), float((-(p * p.clamp_min(1e-30).log()).sum()).exp())
+def perceptual_losses(kind, vgg_weights, convnext_weights, device):
+    """[(weight, network)] of none, vgg, convnext, or both = vgg + 0.1 * convnext; frozen and in eval mode."""
+    nets = [LPIPS(vgg_weights)] if kind in ("vgg", "both") else []
+    nets += [ConvNextLoss(convnext_weights)] if kind in ("convnext", "both") else []
+    return [(weight, net.eval().requires_grad_(False).to(device)) for weight, net in zip((1.0, 0.1), nets)]
 
 
 @torch.no_grad()
@@ -185,8 +174,7 @@ def evaluate(tokenizer, ar, images, network, machine, args):
         for part, pixels in zip(moments, (a, b) if network else ()):
             part.add(exact_fp32(machine.device.type)(network.forward)(pixels.to(machine.device))["pool"])
         pictures = [torch.cat([old, new[::max(1, 16 // machine.world)]])[:16] for old, new in zip(pictures, (a, b))]
-        mse = (a.float() - b.float()).square().mean((1, 2, 3)).clamp_min(1e-10)
-        sums += torch.stack([(10 * (255**2 / mse).log10()).sum(), (x - y).abs().mean((1, 2, 3)).sum().cpu(),
+        sums += torch.stack([fid.psnr(a.float(), b.float()).sum(), (x - y).abs().mean((1, 2, 3)).sum().cpu(),
                              *(part.sum() for part in nats.tensor_split([k, k + (k > 0)], 1))])
         seen.append(codes.cpu())
     psnr, l1, *nats = (machine.sum(sums) / count).tolist()
@@ -195,8 +183,9 @@ def evaluate(tokenizer, ar, images, network, machine, args):
         values |= dict(zip(("val_nats_prologue", "val_nats_eos", "val_nats_visual"), nats))
     groups = zip(("prologue", "visual"), torch.cat(seen).tensor_split([k], 1), (cfg.prologue_codebook_size, cfg.codebook_size))
     for name, codes, size in groups if k else list(groups)[1:]:
-        counts = machine.sum(torch.bincount(codes.flatten(), minlength=size))
-        values[f"val_usage_{name}"], values[f"val_perplexity_{name}"] = code_usage(counts)
+        counts = machine.sum(torch.bincount(codes.flatten(), minlength=size)).double()
+        values[f"val_usage_{name}"] = int((counts > 0).sum())
+        values[f"val_perplexity_{name}"] = torch.special.entr(counts / counts.sum()).sum().exp().item()
     if network:
         values["val_rfid"] = fid.frechet_distance(*moments[0].result(), *moments[1].result())
     return values, pictures
@@ -304,25 +293,18 @@ def main():
     network = fid.feature_network("auto", size, args.inception, machine.device)[1] if args.rfid else None
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     gan = Discriminator(args.gan_channels).to(machine.device) if args.gan_weight else None
-    perceptual = Perceptual(args.perceptual, args.vgg_weights, args.convnext_weights).to(machine.device)
+    perceptual = perceptual_losses(args.perceptual, args.vgg_weights, args.convnext_weights, machine.device)
     parts = [(tokenizer, (0.0, 0.99), 0.0)] + ([(ar, (0.9, 0.99), 0.03)] if ar else [])
     optimizers = [torch.optim.AdamW(param_groups(parts), lr=args.lr, fused=True)]
     if gan:
         optimizers.append(torch.optim.AdamW(gan.parameters(), lr=args.lr, betas=(0.0, 0.99), weight_decay=1e-4, fused=True))
-    averages = torch.zeros(2, device=machine.device)  # LeCam: mean logits of real and of fake images
-    modules = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
+    state = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
+    state |= zip(("optimizer", "gan_optimizer"), optimizers)
     settings = asdict(tokenizer.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size,
                                         "names": images.digest(), "ce_weight": args.ce_weight, "onestage": args.onestage,
                                         "direct_ce": args.direct_ce, "gan_channels": args.gan_channels if gan else 0}
-    state = load_state(out / "train_stage1.pt", args.resume, settings, machine)
-    start = state["step"] if state else 0
-    if state:
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        for optimizer, saved in zip(optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
-        averages.copy_(state["averages"])
-        machine.print(f"going on from step {start}")
+    start = load_state(out / "train_stage1.pt", args.resume, settings, state, machine)
+    Transformer.checkpoint = args.checkpoint
     if machine.compile:  # in place, so that the names of the weights stay as they are
         for part in filter(None, (tokenizer.encoder, tokenizer.decoder, getattr(tokenizer, "post_encoder", None), ar)):
             part.transformer.compile()
@@ -344,13 +326,14 @@ def main():
                 ar.cfg.tokenizer = final.fingerprint()
             if ar:
                 ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
-            save_state(out / "train_stage1.pt", {name: module.state_dict() for name, module in modules.items()} | {
-                "step": step, "averages": averages, "settings": settings, "optimizers": [o.state_dict() for o in optimizers]})
+            save_state(out / "train_stage1.pt", step, settings, state)
+
     def measure():
         values, (originals, decoded) = evaluate(final, ar, val, network, machine, args)
         if machine.rank == 0:
             save_grid(out / "train_stage1.png", [originals[:8], decoded[:8], originals[8:], decoded[8:]])
         return values
+
     progress, referee = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine)
     loader = iter(images.batches(visits(), args.num_workers))
     for step in range(start, args.steps):
@@ -374,7 +357,9 @@ def main():
                     y, _, vq, ce = model(x, labels.to(machine.device), drop[i:i + micro].to(machine.device))
                     part = {} if ce is None else {"ce": ce}
                     if y is not None:
-                        part |= {"l1": F.l1_loss(y, x), "vq": vq} | ({"perceptual": perceptual(y, x)} if perceptual.nets else {})
+                        part |= {"l1": F.l1_loss(y, x), "vq": vq}
+                    if perceptual:
+                        part["perceptual"] = sum(weight * net(y, x) for weight, net in perceptual)
                     if gan:
                         gan.requires_grad_(False)
                         part["gan"] = F.softplus(-gan.net(y).float()).mean()
@@ -383,7 +368,7 @@ def main():
                 (loss * micro / per_rank).backward()
                 if gan:
                     with contextlib.nullcontext() if r1 else machine.autocast():  # R1 differentiates twice: in fp32
-                        part["discriminator"], mean = discriminator_loss(discriminator, x, y, averages, args, r1)
+                        part["discriminator"], mean = discriminator_loss(discriminator, x, y, gan.averages, args, r1)
                     (part["discriminator"] * micro / per_rank).backward()
                     logits += mean * micro / per_rank
             terms = {name: terms.get(name, 0) + value.detach() * micro / per_rank for name, value in part.items()}
@@ -391,7 +376,8 @@ def main():
         if referee.step_counts(terms):
             for optimizer in optimizers:
                 optimizer.step()
-            averages.lerp_(machine.sum(logits).to(averages) / machine.world, 1 - 0.999)
+            if gan:
+                gan.averages.lerp_(machine.sum(logits).to(machine.device) / machine.world, 1 - 0.999)
             update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * (step + 1)))
         logged = terms | dict(zip(("logits_real", "logits_fake"), logits if gan else ()))
         if progress.end_step(step, referee, logged, measure, save):

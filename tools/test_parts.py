@@ -23,7 +23,7 @@ from pretokenize import Images, center_crop
 from sample import Sampler
 from test_all import gradients, models
 from tokenizer import Tokenizer, attention, nearest_code, prob_ste, unit_norm
-from train_stage1 import Discriminator, Perceptual, Stage1
+from train_stage1 import Discriminator, Stage1, perceptual_losses
 
 
 def test_vq_loss_weighs_commitment_a_quarter():
@@ -124,18 +124,20 @@ def test_perceptual_losses(monkeypatch):
     for p in vgg.features.parameters():
         torch.nn.init.normal_(p, std=0.05)
     monkeypatch.setattr(train_stage1, "load_torchvision", lambda build, *rest: vgg if "vgg" in build.__name__ else build())
-    ours, theirs = Perceptual("both", None, None), lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    ours, theirs = perceptual_losses("both", None, None, "cpu"), lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     layers = iter(vgg.features)
     for part in (theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5):
         for layer in part:
             layer.load_state_dict(next(layers).state_dict())
     a, b = torch.rand(2, 2, 3, 64, 64) * 2 - 1
-    torch.testing.assert_close(ours.nets[0](a, b), theirs(a, b).mean(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(ours[0][1](a, b), theirs(a, b).mean(), rtol=1e-3, atol=1e-6)
     black = torch.full_like(a, -1).requires_grad_()
-    for image in (black, a.clone().requires_grad_()):
-        gradient, = torch.autograd.grad(ours(image, a), image)
-        assert gradient.isfinite().all()
-    assert not any(p.requires_grad for p in ours.parameters())
+    for _, net in ours:
+        for image in (black, a.clone().requires_grad_()):
+            gradient, = torch.autograd.grad(net(image, a), image)
+            assert gradient.isfinite().all()
+        assert not any(p.requires_grad for p in net.parameters())
+    assert [weight for weight, _ in ours] == [1.0, 0.1]
 
 
 def test_prologue_queries_follow_the_image_but_patches_keep_their_place():
@@ -218,6 +220,20 @@ def test_generate_keeps_a_fixed_prologue_and_stays_inside_the_codebooks():
     other = (codes[:, :3] + 1) % 12
     fixed = ar.generate(labels, cfg_visual=2.0, temperature=3.0, noise=noise, prologue=other)
     assert torch.equal(fixed[:, :3], other) and not torch.equal(fixed[:, 3:], codes[:, 3:])
+
+
+def test_the_step_that_is_compiled_draws_the_same(monkeypatch):
+    """Its fixed shapes and its mask; torch.compile itself is left out, for a bare machine has no compiler."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for layout in ("prologue", "2d"):
+        _, ar, _ = models(layout)
+        labels, settings = torch.arange(5), dict(cfg_prologue=0.7, cfg_visual=3.0)
+        noise = torch.rand(2, 5, ar.cfg.num_prologue + 16, generator=torch.Generator().manual_seed(0))
+        expected = [ar.generate(labels, noise=u, **settings) for u in noise]
+        ar.compile_step()
+        for u, codes in zip(noise, expected):  # the second time in caches that hold the first one's keys
+            assert torch.equal(ar.generate(labels, noise=u, **settings), codes)
+            assert torch.equal(ar.generate(labels[:3], noise=u[:3], **settings), codes[:3])
 
 
 def test_linear_cross_entropy_in_parts_equals_the_whole(monkeypatch):
