@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from common import InputError, Linear, product, read_checkpoint, save_checkpoint
+from common import InputError, Linear, packed, product, read_checkpoint, save_checkpoint
 from tokenizer import (RMSNorm, Transformer, attention, can_flash, flash_attn_with_kvcache, fold, init_weights, is_onestage,
                        released_shard, rope_angles, rope_axis_dims)
 
@@ -68,7 +68,8 @@ class KVCache:
 
         A compiled step has start as a tensor (1,) and T = 1: no shape of it changes, a mask hides what lies behind start."""
         if self.k is None:
-            self.k, self.v = (x.new_zeros(len(x), self.length, *x.shape[2:]) for x in (k, v))
+            # In memory (B, heads, L, d), so that a head reads its keys in one go.
+            self.k, self.v = (x.new_zeros(len(x), x.shape[2], self.length, x.shape[3]).transpose(1, 2) for x in (k, v))
             for x in (self.k, self.v) if self.static else ():  # a CUDA graph may write only to what never moves
                 torch._dynamo.mark_static_address(x)
         if torch.is_tensor(start):
@@ -88,10 +89,8 @@ def guidance(scale, schedule, power, t):
 
 
 def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draws a code for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) int64.
-
-    By the inverse of the cumulative distribution: one number per token decides it, on any device and in any batch.
-    """
+    """Draws a code for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) int64, by the inverse of the cumulative
+    distribution: one number per token decides it, on any device and in any batch."""
     logits = logits.float() / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
@@ -198,6 +197,14 @@ class AR(nn.Module):
             return LinearCrossEntropy.apply(hidden.flatten(0, 1), self.head.weight, tokens.flatten())
         return torch.stack([F.cross_entropy(self.head(h).float(), t, reduction="none") for h, t in zip(hidden, tokens)])
 
+    def freeze(self, dtype):
+        """Casts the matrices to dtype and, uncompiled on the CPU, packs those of the blocks: only for sampling from now on."""
+        for part in self.modules():
+            if isinstance(part, Linear):
+                part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
+                if part is not self.head and not self.compiled_step:
+                    part.weight = nn.Parameter(packed(part.weight), requires_grad=False)
+
     def compile_step(self):
         """From now on `generate` runs single tokens through torch.compile, on CUDA as a CUDA graph, in caches that stay."""
         self.compiled_step, self.caches = torch.compile(self.step, mode="reduce-overhead", dynamic=False), {}
@@ -219,14 +226,14 @@ class AR(nn.Module):
         caches = [KVCache(-(-self.length // 8) * 8, self.compiled_step is not None) for _ in self.transformer.blocks]
         if self.compiled_step:
             caches = self.caches.setdefault(len(x), caches)
-        codes, start = [], 0
+        codes, start, head = [], 0, packed(self.head.weight[vocabulary])  # the only rows of the head that are computed
         for i, scale in enumerate(scales):
             if i and self.compiled_step:
                 h = self.compiled_step(x, caches, torch.full((1,), start, device=x.device))
             else:
                 h = self.step(x, caches, start)
             start += x.shape[1]
-            logits = product(h, self.head.weight[vocabulary]).float()  # the only rows of the head that are computed
+            logits = product(h, head).float()  # (B or 2B, codes)
             if guided:
                 logits = scale * logits[:batch] + (1 - scale) * logits[batch:]
             codes.append(sample_codes(logits, noise[:, i], temperature, top_k, top_p))

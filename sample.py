@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import fid
@@ -241,9 +240,7 @@ def main():
             tokenizer.save(Path(args.export) / "tokenizer.safetensors")
             ar.save(Path(args.export) / "ar.safetensors")
         return
-    for part in ar.modules():  # the matrices alone, once: autocast would cast them at every step, and the rest stays fp32
-        if isinstance(part, nn.Linear):
-            part.to(machine.dtype)
+    ar.freeze(machine.dtype)
     sampler = Sampler(ar, tokenizer, machine, args.seed, args.batch_size, {key: getattr(args, key) for key in (
         "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_power", "temperature", "temperature_prologue", "top_k", "top_p")})
     if args.sweep:

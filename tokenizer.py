@@ -74,10 +74,8 @@ def rope_tables(grid, sequence, head_dim):
 
 
 def rope(x, cos, sin):
-    """Turns the interleaved pairs (x_0, x_1), (x_2, x_3), ... of x (B, T, heads, d) by the angles of a (T, d/2) table.
-
-    A narrower table (the AR's) turns only the first dimensions and leaves the rest as they are.
-    """
+    """Turns the interleaved pairs (x_0, x_1), (x_2, x_3), ... of x (B, T, heads, d) by the angles of a (T, d/2) table; a narrower
+    one (the AR's) leaves the last dimensions as they are."""
     width = 2 * cos.shape[-1]
     even, odd = x[..., 0:width:2], x[..., 1:width:2]
     cos, sin = cos[:, None], sin[:, None]  # (T, 1, width/2), the same for every head
@@ -170,10 +168,8 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def nearest_code(z, codebook, chunk=1024):
-    """Index of the code with the largest cosine to each z. z (..., c) unit vectors, codebook (V, c) -> (...) int64.
-
-    Works through `chunk` vectors at a time, so no more than chunk x V similarities exist at once.
-    """
+    """Index of the code with the largest cosine to each z: unit vectors z (..., c), codebook (V, c) -> (...) int64. No more
+    than chunk x V similarities exist at once."""
     codes = unit_norm(codebook.float())  # (V, c)
     return torch.cat([product(part, codes).argmax(-1) for part in z.flatten(0, -2).split(chunk)]).view(z.shape[:-1])
 

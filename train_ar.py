@@ -45,9 +45,6 @@ class Tokens:
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"{path} is not a token file of pretokenize.py, or not a whole one: {error}") from None
         self.cfg = TokenizerConfig(**config["tokenizer"])
-        if self.codes.shape[2] != self.cfg.num_prologue + self.cfg.num_visual:
-            raise InputError(f"{path} holds {self.codes.shape[2]} codes per image, its own config says "
-                             f"{self.cfg.num_prologue}+{self.cfg.num_visual}")
 
     def batch(self, images, crops, device):
         """codes (B, K+N) and labels (B,) of the given image numbers and crop numbers."""

@@ -2,15 +2,17 @@
 
     python tools/bench.py stage1 --size B --image_size 256 --batch_size 4
     python tools/bench.py ar --size B --batch_size 8
-    python tools/bench.py sample --size B --batch_size 1 8 32
+    python tools/bench.py sample plain --size B --batch_size 1 8 32
     python tools/bench.py data fid
 
 stage1 and ar start train_stage1.py and train_ar.py on synthetic data, read the time of each step from their log and the peak
-memory from the process; sample calls AR.generate with guidance. Every job is a process of its own; the best of --repeat counts.
+memory from the process. sample calls AR.generate with guidance; plain draws as many tokens with a cache that grows by
+concatenation, all rows of the head in fp32 and torch's own products. Every job is its own process; the best of --repeat counts.
 The GEMM rate (and for sampling the memory bandwidth) is measured before each job, so only ratios are to be compared.
 """
 import argparse
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ar as ar_model
+import common
 import tokenizer as tokenizer_file
 import train_stage1
 from common import product
@@ -113,7 +116,7 @@ def bench_stage1(args, batch_size):
         speed, memory = run_trainer("train_stage1.py", [
             "--size", args.size, "--layout", args.layout, "--image_size", cfg.image_size, "--batch_size", batch_size,
             "--perceptual", args.perceptual, "--data", f"{folder}/data", "--out", folder, "--device", args.device,
-            "--num_workers", 0, *quiet(0), *["--compile"] * args.compile], Path(folder) / "train_stage1.jsonl", args.repeat + 2)
+            "--num_workers", 0, *quiet(0), *args.passed_on], Path(folder) / "train_stage1.jsonl", args.repeat + 2)
 
     def iteration():
         tokenizer_file.exact_fp32 = lambda device: contextlib.nullcontext()  # there is no autocast on the meta device
@@ -148,7 +151,7 @@ def bench_ar(args, batch_size):
         np.savez(Path(folder) / "codes.npz", codes=codes, labels=rng.integers(0, 1000, count), config=json.dumps(config))
         speed, memory = run_trainer("train_ar.py", [
             "--size", args.size, "--batch_size", batch_size, "--out", folder, "--device", args.device, *quiet(0),
-            *["--compile"] * args.compile], Path(folder) / "train_ar.jsonl", args.repeat + 2)
+            *args.passed_on], Path(folder) / "train_ar.jsonl", args.repeat + 2)
 
     def iteration():
         with torch.device("meta"):
@@ -160,16 +163,48 @@ def bench_ar(args, batch_size):
     return {"seconds": batch_size / speed, "flops": flops(iteration), "peak_gb": memory, "images": batch_size}
 
 
-def bench_sample(args, batch_size):
+class GrowingCache:
+    """Stands in for ar.KVCache."""
+
+    def __init__(self):
+        self.k = self.v = None
+
+    def attend(self, q, k, v, start):
+        self.k, self.v = (k, v) if self.k is None else (torch.cat([self.k, k], 1), torch.cat([self.v, v], 1))
+        return tokenizer_file.attention(q, self.k, self.v)
+
+
+@torch.no_grad()
+def generate_plainly(ar, labels, scale=3.75):
+    """A step for each token and EOS, both halves in each, all logits of both in fp32."""
+    caches, batch = [GrowingCache() for _ in ar.transformer.blocks], len(labels)
+    x = ar.bos(torch.cat([labels, torch.full_like(labels, ar.cfg.num_classes)]))[:, None]
+    for i in range(ar.length):
+        h = ar.step(x, caches, i)
+        with torch.autocast(h.device.type, enabled=False):
+            logits = torch.nn.functional.linear(h.float(), ar.head.weight.float())
+        p = (scale * logits[:batch] + (1 - scale) * logits[batch:])[:, :ar.cfg.codebook_size].softmax(-1)
+        x = ar.embedding(torch.multinomial(p, 1)).repeat(2, 1, 1)
+
+
+def bench_sample(args, batch_size, plain=False):
     cfg = tokenizer_config(args)
     torch.manual_seed(0)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(cfg, **ar_model.SIZES[args.size])).eval().to(args.device)
+    if plain:
+        common.ONEDNN = False
+    elif args.compile:
+        ar.compile_step()
+    ar.freeze(dtype)
     labels = torch.arange(batch_size, device=args.device)
 
     def draw():
         with torch.autocast(args.device, dtype=dtype, enabled=dtype != torch.float32):
-            ar.generate(labels, cfg_prologue=0.7, cfg_visual=3.75, cfg_power=0.2)
+            if plain:
+                generate_plainly(ar, labels)
+            else:
+                ar.generate(labels, cfg_prologue=0.7, cfg_visual=3.75, cfg_power=0.2)
 
     seconds = best(draw, 1 if args.device == "cpu" else args.repeat)
     weights = sum(p.numel() for p in ar.transformer.parameters()) * (4 if dtype == torch.float32 else 2)
@@ -217,7 +252,8 @@ def bench_data(args, batch_size):
     return {"seconds": seconds, "flops": 0, "peak_gb": peak_gb(), "images": 32}
 
 
-JOBS = {"data": bench_data, "stage1": bench_stage1, "ar": bench_ar, "sample": bench_sample, "fid": bench_fid}
+JOBS = {"data": bench_data, "stage1": bench_stage1, "ar": bench_ar, "sample": bench_sample, "fid": bench_fid,
+        "plain": functools.partial(bench_sample, plain=True)}
 
 
 def main():
@@ -233,13 +269,15 @@ def main():
     flag("--repeat", type=int, default=3)
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--compile", action="store_true")
+    flag("--checkpoint", action="store_true", help="that of the trainers")
     flag("--json", action="store_true", help="one JSON object a line")
     flag("--here", action="store_true", help=argparse.SUPPRESS)  # this is the job's own process
     args = parser.parse_args()
+    args.passed_on = ["--compile"] * args.compile + ["--checkpoint"] * args.checkpoint
     if not args.here:  # a process for each, so that peak memory is its own
         rest = [a for a in sys.argv[1:] if a.startswith("--json")]
         flags = ["--size", args.size, "--tokenizer_size", args.tokenizer_size, "--layout", args.layout, "--perceptual",
-                 args.perceptual, "--repeat", args.repeat, "--device", args.device, *["--compile"] * args.compile]
+                 args.perceptual, "--repeat", args.repeat, "--device", args.device, *args.passed_on]
         flags += ["--image_size", args.image_size] if args.image_size else []
         for job in args.jobs:
             for batch_size in args.batch_size:

@@ -97,6 +97,7 @@ def main():
         raise InputError("the page needs gradio: pip install gradio") from None
     machine = Machine(args)
     tokenizer, ar, _ = load_pair(args, machine.device)
+    ar.freeze(machine.dtype)
     sampler = Sampler(ar, tokenizer, machine, args.seed, args.batch_size, sampling_defaults(args.preset, False))
     page(sampler, args.columns).launch(server_name="127.0.0.1", server_port=args.port)
 

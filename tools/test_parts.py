@@ -3,6 +3,7 @@
     python -m pytest tools/test_parts.py
 """
 import argparse
+import copy
 import contextlib
 import sys
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_generate_keeps_a_fixed_prologue_and_stays_inside_the_codebooks():
     assert torch.equal(fixed[:, :3], other) and not torch.equal(fixed[:, 3:], codes[:, 3:])
 
 
-def test_the_step_that_is_compiled_draws_the_same(monkeypatch):
+def test_compiled_and_frozen_models_draw_the_same(monkeypatch):
     """Its fixed shapes and its mask; torch.compile itself is left out, for a bare machine has no compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     for layout in ("prologue", "2d"):
@@ -230,6 +231,9 @@ def test_the_step_that_is_compiled_draws_the_same(monkeypatch):
         labels, settings = torch.arange(5), dict(cfg_prologue=0.7, cfg_visual=3.0)
         noise = torch.rand(2, 5, ar.cfg.num_prologue + 16, generator=torch.Generator().manual_seed(0))
         expected = [ar.generate(labels, noise=u, **settings) for u in noise]
+        frozen = copy.deepcopy(ar)
+        frozen.freeze(torch.float32)
+        assert torch.equal(frozen.generate(labels, noise=noise[0], **settings), expected[0])
         ar.compile_step()
         for u, codes in zip(noise, expected):  # the second time in caches that hold the first one's keys
             assert torch.equal(ar.generate(labels, noise=u, **settings), codes)
