@@ -68,7 +68,7 @@ class KVCache:
 
         A compiled step has start as a tensor (1,) and T = 1: no shape of it changes, a mask hides what lies behind start."""
         if self.k is None:
-            # In memory (B, heads, L, d), so that a head reads its keys in one go.
+            # In memory (B, heads, L, d), so that a head reads its keys in one go; L is a multiple of 8 for the mask's sake.
             self.k, self.v = (x.new_zeros(len(x), x.shape[2], self.length, x.shape[3]).transpose(1, 2) for x in (k, v))
             for x in (self.k, self.v) if self.static else ():  # a CUDA graph may write only to what never moves
                 torch._dynamo.mark_static_address(x)
@@ -198,7 +198,7 @@ class AR(nn.Module):
         return torch.stack([F.cross_entropy(self.head(h).float(), t, reduction="none") for h, t in zip(hidden, tokens)])
 
     def freeze(self, dtype):
-        """Casts the matrices to dtype and, uncompiled on the CPU, packs those of the blocks: only for sampling from now on."""
+        """Casts Linear weights to dtype and on the CPU packs the blocks': once, after compile_step, and only to sample."""
         for part in self.modules():
             if isinstance(part, Linear):
                 part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
@@ -206,13 +206,13 @@ class AR(nn.Module):
                     part.weight = nn.Parameter(packed(part.weight), requires_grad=False)
 
     def compile_step(self):
-        """From now on `generate` runs single tokens through torch.compile, on CUDA as a CUDA graph, in caches that stay."""
+        """From now on `generate` compiles single tokens, on CUDA to a CUDA graph, with caches that stay for each batch size."""
         self.compiled_step, self.caches = torch.compile(self.step, mode="reduce-overhead", dynamic=False), {}
 
     def step(self, x, caches, start):
         """Runs inputs x (B, T, D) at positions start.. through the caches -> last hidden state (B, D)."""
         angles = self.angles[start] if torch.is_tensor(start) else self.angles[start:start + x.shape[1]]
-        # Not by __call__, which --compile replaces: it would compile anew for every length of the cache.
+        # Not by __call__, which the trainers' --compile replaces: it would compile anew for every length of the cache.
         return self.norm(self.transformer.forward(x, angles, caches=caches, start=start)[:, -1])
 
     def segment(self, labels, prefix, vocabulary, scales, noise, temperature, top_k, top_p):

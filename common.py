@@ -165,7 +165,7 @@ def training_parser(description, sizes, recipes):
     flag = parser.add_argument
     flag("--steps", type=positive, default=recipe["steps"], help="length of the whole run, which the learning rate follows")
     flag("--micro_batch_size", type=positive, help="images per forward and rank; by default all of the rank's share")
-    flag("--checkpoint", action="store_true", help="keep each block's input only and run it again in the backward: less memory")
+    flag("--gradient_checkpointing", action="store_true", help="less memory: blocks run once more in the backward")
     flag("--lr", type=float, default=recipe["lr"], help="learning rate after the warmup")
     flag("--min_lr", type=float, default=recipe["min_lr"], help="learning rate at the last step")
     flag("--warmup", type=int, default=recipe["warmup"], help="steps of linear warmup")
@@ -204,7 +204,7 @@ def product(a, b, bias=None):
 
 def packed(weight):
     """`weight` (m, n) in oneDNN's own order, which `product` of a few rows reads a third faster; itself where that has no use."""
-    fits = ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32
+    fits = ONEDNN and weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return torch.ops.mkldnn._reorder_linear_weight(weight) if fits else weight
 
 

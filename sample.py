@@ -234,6 +234,7 @@ def main():
         raise InputError(f"{paths[1]} is the joint AR of stage 1, which knows no classes; an ar.safetensors is needed")
     if machine.compile:
         tokenizer.decoder.transformer.compile()
+    if machine.compile and machine.device.type == "cuda":  # on a CPU the packed weights of `freeze` are faster
         ar.compile_step()
     if args.export:
         if machine.rank == 0:

@@ -145,7 +145,7 @@ def init_weights(module, std=0.02):
 
 class Transformer(nn.Module):
     """`layers` blocks over (B, T, dim); MLP hidden width round(hidden_ratio * dim)."""
-    checkpoint = False  # the trainers' --checkpoint sets it for all
+    gradient_checkpointing = False  # the trainers' flag sets it for all
 
     def __init__(self, layers, dim, head_dim, hidden_ratio, bias, dropout=0.0):
         super().__init__()
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         cos, sin = angles.cos(), angles.sin()
         for i, block in enumerate(self.blocks):
             attend = functools.partial(caches[i].attend, start=start) if caches else functools.partial(attention, causal=causal)
-            again = self.checkpoint and self.training
+            again = self.gradient_checkpointing and self.training
             x = checkpoint(block, x, cos, sin, attend, use_reentrant=False) if again else block(x, cos, sin, attend)
         return x
 

@@ -128,7 +128,7 @@ def main():
                                  "beta2": args.beta2, "weight_decay": args.weight_decay}
     parts = {"ar": ar, "optimizer": optimizer}
     start = load_state(out / "train_ar.pt", args.resume, settings, parts, machine)
-    Transformer.checkpoint = args.checkpoint
+    Transformer.gradient_checkpointing = args.gradient_checkpointing
     if machine.compile:
         ar.transformer.compile()
     model = machine.wrap(ar)

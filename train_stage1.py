@@ -304,7 +304,7 @@ def main():
                                         "names": images.digest(), "ce_weight": args.ce_weight, "onestage": args.onestage,
                                         "direct_ce": args.direct_ce, "gan_channels": args.gan_channels if gan else 0}
     start = load_state(out / "train_stage1.pt", args.resume, settings, state, machine)
-    Transformer.checkpoint = args.checkpoint
+    Transformer.gradient_checkpointing = args.gradient_checkpointing
     if machine.compile:  # in place, so that the names of the weights stay as they are
         for part in filter(None, (tokenizer.encoder, tokenizer.decoder, getattr(tokenizer, "post_encoder", None), ar)):
             part.transformer.compile()

@@ -177,12 +177,12 @@ class GrowingCache:
 @torch.no_grad()
 def generate_plainly(ar, labels, scale=3.75):
     """A step for each token and EOS, both halves in each, all logits of both in fp32."""
-    caches, batch = [GrowingCache() for _ in ar.transformer.blocks], len(labels)
+    caches, batch, head = [GrowingCache() for _ in ar.transformer.blocks], len(labels), ar.head.weight.float()
     x = ar.bos(torch.cat([labels, torch.full_like(labels, ar.cfg.num_classes)]))[:, None]
     for i in range(ar.length):
         h = ar.step(x, caches, i)
         with torch.autocast(h.device.type, enabled=False):
-            logits = torch.nn.functional.linear(h.float(), ar.head.weight.float())
+            logits = torch.nn.functional.linear(h.float(), head)
         p = (scale * logits[:batch] + (1 - scale) * logits[batch:])[:, :ar.cfg.codebook_size].softmax(-1)
         x = ar.embedding(torch.multinomial(p, 1)).repeat(2, 1, 1)
 
@@ -207,12 +207,11 @@ def bench_sample(args, batch_size, plain=False):
                 ar.generate(labels, cfg_prologue=0.7, cfg_visual=3.75, cfg_power=0.2)
 
     seconds = best(draw, 1 if args.device == "cpu" else args.repeat)
-    weights = sum(p.numel() for p in ar.transformer.parameters()) * (4 if dtype == torch.float32 else 2)
     matrices = sum(p.numel() for p in ar.transformer.parameters())
     # Each token of both halves passes all matrices once and its segment's rows of the head; each step reads them once.
     head = cfg.num_prologue * cfg.prologue_codebook_size + cfg.num_visual * cfg.codebook_size
     return {"seconds": seconds, "flops": 4 * batch_size * (ar.length * matrices + head * ar.cfg.dim),
-            "bytes": (cfg.num_prologue + cfg.num_visual) * weights + 4 * head * ar.cfg.dim,
+            "bytes": dtype.itemsize * ((cfg.num_prologue + cfg.num_visual) * matrices + head * ar.cfg.dim),
             "peak_gb": torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else peak_gb(), "images": batch_size}
 
 
@@ -269,11 +268,11 @@ def main():
     flag("--repeat", type=int, default=3)
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--compile", action="store_true")
-    flag("--checkpoint", action="store_true", help="that of the trainers")
+    flag("--gradient_checkpointing", action="store_true")
     flag("--json", action="store_true", help="one JSON object a line")
     flag("--here", action="store_true", help=argparse.SUPPRESS)  # this is the job's own process
     args = parser.parse_args()
-    args.passed_on = ["--compile"] * args.compile + ["--checkpoint"] * args.checkpoint
+    args.passed_on = ["--compile"] * args.compile + ["--gradient_checkpointing"] * args.gradient_checkpointing
     if not args.here:  # a process for each, so that peak memory is its own
         rest = [a for a in sys.argv[1:] if a.startswith("--json")]
         flags = ["--size", args.size, "--tokenizer_size", args.tokenizer_size, "--layout", args.layout, "--perceptual",

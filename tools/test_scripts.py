@@ -113,7 +113,7 @@ def test_resume_continues_the_loss_curve_exactly(tmp_path):
 
 def test_accumulation_and_two_ranks_give_the_gradients_of_one_batch(tmp_path):
     pipeline()  # before the threads: a cache does not lock
-    variants = (1, []), (1, ["--micro_batch_size", 2, "--checkpoint"]), (2, [])
+    variants = (1, []), (1, ["--micro_batch_size", 2, "--gradient_checkpointing"]), (2, [])
 
     def train(number):
         (ranks, extra), out = variants[number], tmp_path / str(number)
