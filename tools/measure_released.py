@@ -45,6 +45,7 @@ def measure(folder):
     ar = AR.load(folder / "ar-prologue-l-xl", tokenizer)
     loaded, count = time.perf_counter(), sum(p.numel() for model in (tokenizer, ar) for p in model.parameters())
     peak_load = peak()
+    ar.freeze(torch.float32)  # as sample.py does
     codes = ar.generate(torch.tensor([207]), cfg_prologue=0.7, cfg_visual=2.25, cfg_power=0.225)
     images = tokenizer.decode(codes)
     print(f"{count / 1e6:.0f}M parameters, {4 * count / 2**30:.2f} GiB; "
