@@ -3,7 +3,7 @@
     python tools/claims.py                          # all groups, seeds 0 and 1, into claims/; goes on where it was stopped
     python tools/claims.py layouts --jobs 2         # some groups, two cells at a time on half the cores each
     python tools/claims.py --scale 10 --out claims10    # ten times the steps, where a GPU is at hand
-    python tools/claims.py --report                 # only write results/claims_table.md and its plot from what is there
+    python tools/claims.py --report                 # only write results/claims_table.md and the plots from what is there
 
 A cell trains a tokenizer and an AR model on the embedded data, tries the same number of sampling settings as every other
 cell (500 samples each), and measures the best of them on 2,000 samples of another seed.
@@ -154,14 +154,38 @@ def report(args):
     (ROOT / "results" / "claims_table.md").write_text(
         f"# Cells of tools/claims.py\n\nWritten by `python tools/claims.py --report --out {args.out}`. Mean (seed 0, seed 1).\n"
         + "\n".join(lines) + "\n")
-    plot(found)
-
-
-def plot(found):
-    """Fig. 5: reconstruction and generation over lambda."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
+    plot_lambda(found, pyplot)
+    plot_content(found, pyplot)
+
+
+def plot_content(found, pyplot):
+    """gFID without CFG against what the prologue holds, a point for each cell whose tokenizer is two-dimensional and sound."""
+    from scipy.stats import spearmanr
+    groups = {"2d": ["2d", "2d, direct CE 0.03", "2d, direct CE 0.3"], "post": ["post"],
+              "prologue": ["prologue", "prologue, lambda 1", "prologue, lambda 6", *GROUPS["ablations"]]}
+    figure, axis = pyplot.subplots(figsize=(5.5, 4))
+    points = []
+    for name, rows in groups.items():
+        part = [(cell["nats_prologue"], cell["gfid_no_cfg"]) for row in rows for cell in found.get(row, [])]
+        if part:
+            axis.plot(*zip(*part), "o", label=f"{name}, {len(part)} cells")
+            print(f"{name}: {len(part)} cells, gFID without CFG {sum(g for _, g in part) / len(part):.2f} "
+                  f"({min(g for _, g in part):.2f} to {max(g for _, g in part):.2f})")
+        points += part
+    for name, part in (("all of these", points), ("those with a prologue", [point for point in points if point[0]])):
+        if len(part) > 2:
+            print(f"rank correlation of the prologue's nats with gFID, {name}: {spearmanr(*zip(*part)).statistic:.2f}")
+    axis.set(xlabel="nats of the prologue, held out", ylabel="gFID without CFG")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(ROOT / "results" / "claims_content.png", dpi=90)
+
+
+def plot_lambda(found, pyplot):
+    """Fig. 5: reconstruction and generation over lambda."""
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5))
     series = {"direct CE, 2d": {0: "2d"} | {w: f"2d, direct CE {w}" for w in (0.03, 0.3, 3)},
               "direct CE, 1d": {0: "1d"} | {w: f"1d, direct CE {w}" for w in (0.03, 0.3, 3)},
