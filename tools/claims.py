@@ -192,9 +192,10 @@ def plot_lambda(found, pyplot):
               "prologue": {1: "prologue, lambda 1", 3: "prologue", 6: "prologue, lambda 6"}}
     for axis, (key, title) in zip(axes, (("rfid", "rFID"), ("gfid_no_cfg", "gFID without CFG"))):
         for name, rows in series.items():
-            points = [(max(weight, 0.01), cell[key]) for weight, row in rows.items() for cell in found.get(row, [])]
-            if points:
-                axis.plot(*zip(*sorted(points)), "o-", label=name)
+            values = {max(weight, 0.01): [cell[key] for cell in found[row]] for weight, row in rows.items() if row in found}
+            if values:  # a dot for each seed, a line through the means
+                line, = axis.plot(list(values), [sum(v) / len(v) for v in values.values()], label=name)
+                axis.plot(*zip(*((x, y) for x, each in values.items() for y in each)), "o", color=line.get_color())
         axis.set(xscale="log", yscale="log", xlabel="lambda (0 is drawn at 0.01)", title=title)
         axis.legend()
     figure.tight_layout()
