@@ -65,7 +65,6 @@ class KVCache:
 
     def attend(self, q, k, v, start):
         """q, k, v (B, T, heads, d) of the positions start.. -> (B, T, heads, d), attention to all positions so far.
-
         A compiled step has start as a tensor (1,) and T = 1: no shape of it changes, a mask hides what lies behind start."""
         if self.k is None:
             # In memory (B, heads, L, d), so that a head reads its keys in one go; L is a multiple of 8 for the mask's sake.
@@ -167,7 +166,6 @@ class AR(nn.Module):
 
     def hidden(self, codes, labels, onehot=None, drop=None):
         """Final hidden states (B, L, D); position t has seen the class and the tokens before t.
-
         onehot: straight-through one-hot prologue (B, K, P), or visual codes (B, N, V) where there is none, embedded by a
         product so that CE reaches the encoder.
         drop (B,) bool: images whose visual tokens are all hidden from the input behind EOS (visual token dropout).
@@ -217,7 +215,6 @@ class AR(nn.Module):
 
     def segment(self, labels, prefix, vocabulary, scales, noise, temperature, top_k, top_p):
         """Draws len(scales) codes (B, len(scales)) of the vocabulary's rows `vocabulary` behind tokens `prefix` (B, T).
-
         Guidance runs class and unconditional in one batch; it takes place unless all scales are 1."""
         guided, batch = any(scale != 1 for scale in scales), len(labels)
         x = self.embedding(prefix)
@@ -243,22 +240,26 @@ class AR(nn.Module):
     @torch.no_grad()
     def generate(self, labels, cfg_prologue=1.0, cfg_visual=1.0, cfg_schedule="cosine", cfg_power=1.0,
                  temperature=1.0, temperature_prologue=None, top_k=0, top_p=1.0, prologue=None, generator=None, noise=None):
-        """Samples codes (B, K+N) for labels (B,).
-
+        """Samples codes (B, K+N) for labels (B,). Raises InputError.
         cfg_*: classifier-free guidance per token group, 1 = off, s * cond + (1 - s) * uncond (`guidance`); below 1 it
         pulls towards unconditional. temperature is that of the visual tokens, and of the prologue unless given apart.
         prologue (B, K) fixes the prefix. noise (B, K+N) uniform in [0, 1) decides every draw; else it comes from generator.
         """
         if self.training:
             raise InputError("generate needs the model in eval mode: call ar.eval() first")
+        temperature_prologue = temperature if temperature_prologue is None else temperature_prologue
+        if not (min(temperature, temperature_prologue, top_p) > 0 and top_p <= 1 and min(top_k, cfg_power) >= 0
+                and math.isfinite(cfg_prologue + cfg_visual)):
+            raise InputError("sampling needs temperatures above 0 (for the likeliest codes: top_k 1), top_p above 0 and at "
+                             "most 1, top_k and cfg_power at least 0, and finite scales")
         k, n, v = self.cfg.num_prologue, self.cfg.num_visual, self.cfg.codebook_size
         if noise is None:
             noise = torch.rand(len(labels), k + n, generator=generator, device=generator.device if generator else None)
         noise, prefix = noise.to(labels.device), labels.new_empty(len(labels), 0)
         if k:
             if prologue is None:
-                prologue = self.segment(labels, prefix, slice(v, self.eos), [cfg_prologue] * k, noise,
-                                        temperature_prologue or temperature, top_k, top_p)
+                scales, vocabulary = [cfg_prologue] * k, slice(v, self.eos)
+                prologue = self.segment(labels, prefix, vocabulary, scales, noise, temperature_prologue, top_k, top_p)
             # EOS is forced, so it has no step of its own: it goes in with the prologue, all at once, before the visual tokens.
             prefix = torch.cat([prologue.to(labels) + v, prefix.new_full((len(labels), 1), self.eos)], 1)
         # Progress counts EOS as 0; without a prologue the first visual token is 0.
@@ -272,7 +273,6 @@ class AR(nn.Module):
     @classmethod
     def load(cls, path, tokenizer=None):
         """Our .safetensors file, or an AR directory of the authors' release. Raises InputError.
-
         A released directory does not say K and N: its tokenizer does, or else the 16 + 256 of the whole release are taken.
         """
         cfg, tensors = released_ar(path, tokenizer) if Path(path).is_dir() else read_checkpoint(path, "ar")

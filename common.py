@@ -449,7 +449,9 @@ def load_state(path, resume, settings, parts, machine):
     found = [p for p in (path, path.with_suffix(".previous.pt")) if p.exists()]
     if machine.sum(torch.tensor([len(found)])).item() != machine.world * len(found):
         raise InputError(f"not all ranks see the same files beside {path}: --out must be on a file system that all nodes share")
-    if not resume or not found:
+    if not found and resume:
+        machine.print(f"--resume: there is no {path}, so this run begins at step 0")
+    if not found or not resume:
         return 0
     try:
         state = torch.load(found[0], weights_only=True, map_location="cpu")

@@ -92,7 +92,6 @@ def ignore_signals(_):
 
 class Images(torch.utils.data.Dataset):
     """The images under a folder or under a path into a zip; the classes are the sorted names of the folders there.
-
     A key is (visit, index). An item is (uint8 tensor (views, 3, size, size), index): every view of the image by `crops`
     "none", "center" or "ten", or with `train` one view, whose random crop and mirroring are a function of (seed, visit).
     A flat folder takes its classes from LOC_val_solution.csv above it, if there is one (Kaggle's ImageNet). Raises InputError.

@@ -168,7 +168,7 @@ def sweep(sampler, args, out):
         key, _, values = text.partition("=")
         try:
             lists[key] = [type(sampler.settings[key])(value) for value in values.split(",")]
-            if "temperature" in key and min(lists[key]) <= 0 or key == "cfg_schedule" and not set(lists[key]) <= set(SCHEDULES):
+            if key == "cfg_schedule" and not set(lists[key]) <= set(SCHEDULES):
                 raise ValueError
         except (KeyError, ValueError):
             raise InputError(f"--sweep {text}: wanted is a name of {', '.join(sampler.settings)}, '=', and values with "
@@ -220,8 +220,8 @@ def parse_args():
     common_flags(parser, batch_size=100)
     parser.set_defaults(**sampling_defaults(chosen.preset, chosen.no_cfg))
     args = parser.parse_args()
-    if min(args.temperature, args.temperature_prologue) <= 0 or args.num < 0:
-        parser.error("a temperature must be above 0 (for the likeliest codes use --top_k 1), --num at least 0")
+    if args.num < 2 * bool(args.sweep):
+        parser.error("--num must be at least 0, and with --sweep at least 2")
     return args
 
 

@@ -61,7 +61,6 @@ def rope_angles(positions, dim, theta):
 
 def rope_tables(grid, sequence, head_dim):
     """RoPE angles of grid x grid patches (theta 2000) and of `sequence` 1D positions (theta 10000).
-
     Returns (grid*grid, head_dim/2) and (sequence, head_dim/2). A patch turns its row and column dimensions, a 1D token
     only its l dimensions. Always on the CPU, so that a model built on the meta device still has them.
     """

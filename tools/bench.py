@@ -299,7 +299,7 @@ def main():
     if args.json:
         print(json.dumps(line))
     else:
-        print(f"{line['name']}: {line['seconds']:.2f} s, {line['ratio']:.2f}x the floor of {floor:.2f} s (GEMM {rate / 1e9:.0f} "
+        print(f"{line['name']}: {line['seconds']:.3g} s, {line['ratio']:.2f}x the floor of {floor:.3g} s (GEMM {rate / 1e9:.0f} "
               f"GFLOP/s, {read / 1e9:.1f} GB/s), {line['ratio_to_product']:.2f}x its FLOPs by oneDNN ({faster / 1e9:.0f}), "
               f"peak {line['peak_gb']:.2f} GiB, {line['images_per_s']:.3f} images/s")
 

@@ -167,17 +167,16 @@ def plot_content(found, pyplot):
     groups = {"2d": ["2d", "2d, direct CE 0.03", "2d, direct CE 0.3"], "post": ["post"],
               "prologue": ["prologue", "prologue, lambda 1", "prologue, lambda 6", *GROUPS["ablations"]]}
     figure, axis = pyplot.subplots(figsize=(5.5, 4))
-    points = []
     for name, rows in groups.items():
         part = [(cell["nats_prologue"], cell["gfid_no_cfg"]) for row in rows for cell in found.get(row, [])]
         if part:
             axis.plot(*zip(*part), "o", label=f"{name}, {len(part)} cells")
             print(f"{name}: {len(part)} cells, gFID without CFG {sum(g for _, g in part) / len(part):.2f} "
                   f"({min(g for _, g in part):.2f} to {max(g for _, g in part):.2f})")
-        points += part
-    for name, part in (("all of these", points), ("those with a prologue", [point for point in points if point[0]])):
-        if len(part) > 2:
-            print(f"rank correlation of the prologue's nats with gFID, {name}: {spearmanr(*zip(*part)).statistic:.2f}")
+    cells = [cell for row in groups["post"] + groups["prologue"] for cell in found.get(row, [])]
+    for key in ("gfid_no_cfg", "gfid") if len(cells) > 2 else ():
+        test = spearmanr([cell["nats_prologue"] for cell in cells], [cell[key] for cell in cells])
+        print(f"rank correlation of the prologue's nats with {key}, {len(cells)} cells: {test.statistic:.2f} p {test.pvalue:.3f}")
     axis.set(xlabel="nats of the prologue, held out", ylabel="gFID without CFG")
     axis.legend()
     figure.tight_layout()
