@@ -167,12 +167,12 @@ def sweep(sampler, args, out):
     for text in args.sweep:
         key, _, values = text.partition("=")
         try:
-            lists[key] = [type(sampler.settings[key])(value) for value in values.split(",")]
-            if key == "cfg_schedule" and not set(lists[key]) <= set(SCHEDULES):
+            again, lists[key] = key in lists, [type(sampler.settings[key])(value) for value in values.split(",")]
+            if again or key == "cfg_schedule" and not set(lists[key]) <= set(SCHEDULES):
                 raise ValueError
         except (KeyError, ValueError):
-            raise InputError(f"--sweep {text}: wanted is a name of {', '.join(sampler.settings)}, '=', and values with "
-                             "commas between them") from None
+            raise InputError(f"--sweep {text}: wanted is a name of {', '.join(sampler.settings)}, each once, '=', and values "
+                             "with commas between them") from None
     network = fid.feature_network("auto", size, args.inception, sampler.machine.device)[1]
     with exact_fp32(sampler.machine.device.type):
         reference = fid.reference_features(args.reference, network, sampler.machine.device, sampler.batch_size, False, size)
