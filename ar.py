@@ -199,9 +199,9 @@ class AR(nn.Module):
         """Casts Linear weights to dtype and on the CPU packs the blocks': once, after compile_step, and only to sample."""
         for part in self.modules():
             if isinstance(part, Linear):
-                part.weight = nn.Parameter(part.weight.to(dtype), requires_grad=False)
-                if part is not self.head and not self.compiled_step:
-                    part.weight = nn.Parameter(packed(part.weight), requires_grad=False)
+                weight = part.weight.detach().to(dtype)
+                plain = part is self.head or self.compiled_step  # the head is cut into segments first, compilers know no packing
+                part.weight = nn.Parameter(weight if plain else packed(weight), requires_grad=False)
 
     def compile_step(self):
         """From now on `generate` compiles single tokens, on CUDA to a CUDA graph, with caches that stay for each batch size."""

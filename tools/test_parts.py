@@ -3,8 +3,8 @@
     python -m pytest tools/test_parts.py
 """
 import argparse
-import copy
 import contextlib
+import copy
 import sys
 from pathlib import Path
 
