@@ -152,7 +152,7 @@ def report(args):
             lines.append(f"| {row} | {len(cells)} | " + " | ".join(values) + " |" if cells else f"| {row} | not run |"
                          + " |" * len(columns))
     (ROOT / "results" / "claims_table.md").write_text(
-        f"# Cells of tools/claims.py\n\nWritten by `python tools/claims.py --report --out {Path(args.out).name}`. Mean (seed 0, seed 1).\n"
+        "# Cells of tools/claims.py\n\nWritten by `python tools/claims.py --report`. Mean (seed 0, seed 1).\n"
         + "\n".join(lines) + "\n")
     import matplotlib
     matplotlib.use("agg")
