@@ -8,7 +8,7 @@ demo: $(VENV)/installed
 	$(RUN) tools/run_demo.py
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -q test_all.py tools
+	$(RUN) -m pytest -q test_all.py tests
 	$(RUN) tools/check_readme.py
 
 lint: $(VENV)/installed

@@ -1,18 +1,26 @@
-"""FID, sFID, Inception Score, precision and recall of images against images, the numbers of ADM's TensorFlow evaluator.
+"""FID, sFID, Inception Score, precision and recall, as ADM's TensorFlow evaluator computes them.
 
-    python fid.py                                                # out/samples.npz against the embedded training images
-    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz    # gFID as papers report it
-    python fid.py --tokenizer out/tokenizer.safetensors --data data/fashion_mnist.zip/val    # rFID and PSNR
-    torchrun --nproc_per_node 8 fid.py samples.npz reference.npz # any number of ranks, the same numbers
+    python fid.py                    # out/samples.npz against the embedded training images
+    python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz       # gFID as papers report it
+    python fid.py --tokenizer out/tokenizer.safetensors             # rFID and PSNR
+    torchrun --nproc_per_node 8 fid.py samples.npz reference.npz    # 8 ranks, the same numbers
 
-A side is an .npz (images in arr_0, statistics in mu, sigma, mu_s, sigma_s, or both: then the statistics count for FID, the
-images for precision and recall), a folder, a zip or a path into a zip. All but --tokenizer and the small Fashion-MNIST
-classifier stands alone: copy this file wherever you need it.
+Samples and reference are each an .npz (uint8 images in arr_0), a folder, a zip or a path into a
+zip. A reference .npz may also store statistics of its images (mu and sigma for FID, mu_s and
+sigma_s for sFID). Then FID and sFID are computed from these, and the images serve only precision
+and recall. Two .npz files that hold nothing but statistics can be compared as well.
+
+This file stands alone: copy it wherever you need it. Only --tokenizer and the classifier for
+28 x 28 images (--features fashion) use other files of this project.
+
+Letters in shapes: N images in all, B of them in a batch, H x W pixels, d features.
 """
+
 import argparse
-import hashlib
+import atexit
 import io
 import json
+import math
 import os
 import sys
 import zipfile
@@ -27,473 +35,737 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-DATA = Path(__file__).parent / "data"
-INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+DATA = Path(__file__).parent / "data" / "fashion_mnist.zip"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
+WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
+NUM_REFERENCE = 10000  # so many reference images serve precision and recall, as in ADM's evaluator
 
 
-class BadInput(ValueError):
-    """What the user gave cannot be used; the message is one sentence."""
+class InputError(SystemExit):
+    """The user's input cannot be used; the message is one sentence that says why.
+
+    Where nobody catches it, Python prints the sentence on stderr and exits with code 1.
+    """
+
+
+# Ranks: each works on its share of the images, as torchrun started them
+
+
+def get_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(*tensors):
+    """Replaces each tensor by its sum over all ranks."""
+    if get_world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def gather_rows(rows):
+    """The rows (n, ...) of all ranks, in the order of the ranks, as one array."""
+    if get_world_size() == 1:
+        return rows.numpy()
+    rows_of_ranks = [None] * get_world_size()
+    dist.all_gather_object(rows_of_ranks, rows)
+    return torch.cat(rows_of_ranks).numpy()
 
 
 def note(text):
-    if RANK == 0:
+    if get_rank() == 0:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
+# Images
+
+
+class NpzImages:
+    """The images in arr_0 of an .npz. Only those asked for are read: all may be 10 GB.
+
+    Raises InputError if arr_0 is missing, damaged, or not uint8 of shape (N, H, W, 3).
+    """
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            archive = zipfile.ZipFile(path)
+            self.file = archive.open("arr_0.npy")
+            if np.lib.format.read_magic(self.file) == (1, 0):
+                header = np.lib.format.read_array_header_1_0(self.file)
+            else:
+                header = np.lib.format.read_array_header_2_0(self.file)
+        except Exception as error:  # zipfile and numpy raise many types
+            raise InputError(f"{path}: its images, arr_0, cannot be read: {error}") from None
+
+        self.shape, fortran_order, dtype = header
+        if dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or fortran_order:
+            raise InputError(
+                f"{path}: arr_0 is {dtype} of shape {self.shape}, Fortran order {fortran_order}; "
+                "images as uint8 from 0 to 255 of shape (N, H, W, 3) in C order are needed"
+            )
+        self.first_byte = self.file.tell()
+        num_bytes = archive.getinfo("arr_0.npy").file_size - self.first_byte
+        if min(self.shape) < 1 or math.prod(self.shape) != num_bytes:
+            raise InputError(f"{path}: arr_0 of shape {self.shape} cannot have {num_bytes} bytes")
+
+    def read(self, start, stop):
+        """Images start to stop - 1 as uint8 (stop - start, H, W, 3)."""
+        image_bytes = math.prod(self.shape[1:])
+        try:
+            self.file.seek(self.first_byte + start * image_bytes)
+            data = self.file.read((stop - start) * image_bytes)
+            images = np.frombuffer(data, np.uint8).reshape(stop - start, *self.shape[1:])
+        except Exception as error:  # damaged bytes: zipfile and zlib raise many types
+            raise InputError(f"{self.path}: its images, arr_0, cannot be read: {error}") from None
+        return images.copy()  # writable, as torch.from_numpy wants it
+
+
+class ImageSource:
+    """The images of an .npz, a folder, a zip or a path into a zip, all of `size` (H, W).
+
+    source[i:j] is uint8 (j - i, H, W, 3). With `crop`, image files of any size become ADM's centre
+    crop of crop x crop pixels. Raises InputError if there are no images, one cannot be read, or
+    one differs in size from the first.
+    """
+
+    def __init__(self, path, crop=None):
+        self.path = Path(path)
+        self.crop = crop
+        self.npz = None
+        self.zip = None  # the open zip, if the image files are in one
+        self.names = []  # of the image files
+        if is_npz(path):
+            self.npz = NpzImages(path)
+            self.size = self.npz.shape[1:3]
+            if crop and self.size != (crop, crop):
+                raise InputError(f"{path} holds images of size {self.size}, not {crop} x {crop}")
+            return
+        names = sorted(self.list_files())
+        self.names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        if not self.names:
+            raise InputError(f"{path} holds no images")
+        self.size = self.read_file(self.names[0]).shape[:2]
+
+    def list_files(self):
+        """Names of all files in the folder, or in the zip, which is opened."""
+        if self.path.is_dir():
+            return [str(file) for file in self.path.rglob("*")]
+        candidates = [self.path, *self.path.parents]
+        zips = [path for path in candidates if path.suffix.lower() == ".zip" and path.is_file()]
+        if not zips:
+            raise InputError(f"{self.path} does not exist or is no .npz, folder or path into a zip")
+        try:
+            self.zip = zipfile.ZipFile(zips[0])
+        except Exception as error:
+            raise InputError(f"{zips[0]} is not a whole zip file: {error}") from None
+        names = self.zip.namelist()
+        if self.path == zips[0]:
+            return names
+        folder = self.path.relative_to(zips[0]).as_posix() + "/"
+        return [name for name in names if name.startswith(folder)]
+
+    def read_file(self, name):
+        """One image file as uint8 (H, W, 3)."""
+        try:
+            file = io.BytesIO(self.zip.read(name)) if self.zip else name
+            with Image.open(file) as image:
+                if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = image.convert("RGB")
+        except Exception as error:  # PIL, zipfile and zlib raise many types
+            raise InputError(f"{name} in {self.path} is no readable image: {error}") from None
+        if not self.crop:
+            return np.asarray(image)
+        from pretokenize import center_crop
+
+        return center_crop(image, self.crop)
+
+    def __len__(self):
+        return self.npz.shape[0] if self.npz else len(self.names)
+
+    def __getitem__(self, rows):
+        start, stop, _ = rows.indices(len(self))
+        if self.npz:
+            return self.npz.read(start, stop)
+        names = self.names[start:stop]
+        if self.zip:  # several threads cannot read from one open zip
+            images = [self.read_file(name) for name in names]
+        else:
+            with ThreadPoolExecutor() as pool:
+                images = list(pool.map(self.read_file, names))
+        for name, image in zip(names, images):
+            if image.shape[:2] != self.size:
+                raise InputError(
+                    f"{name} in {self.path} has (height, width) {image.shape[:2]}, "
+                    f"the first image there {self.size}; all must have one size"
+                )
+        return np.stack(images)
+
+
+def is_npz(path):
+    return str(path).endswith(".npz") and Path(path).is_file()
+
+
+# Networks whose features are compared
+
+
 class Inception(nn.Module):
-    """torch-fidelity's port of the TensorFlow Inception of 2015-12-05, with its TF1 resize to 299 and (x - 128) / 128.
-    forward: uint8 (B, H, W, 3) -> {"pool": (B, 2048), "spatial": (B, 2023), "probabilities": (B, 1008)}"""
+    """TensorFlow's Inception of 2015-12-05, in torch-fidelity's port with its TF1 resize to 299.
+
+    `weights` is torch-fidelity's file; without one it is downloaded. Raises InputError if it
+    cannot be had. Sources: https://github.com/toshas/torch-fidelity and, for what is read from the
+    network, https://github.com/openai/guided-diffusion/tree/main/evaluations
+    """
 
     def __init__(self, weights=None):
         super().__init__()
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-            if weights is None:  # checked against the hash in its name, renamed only when complete
-                torch.hub.load_state_dict_from_url(INCEPTION_URL, check_hash=True, weights_only=True, map_location="cpu")
-                weights = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rpartition("/")[2]
-            torch.load(weights, weights_only=True, map_location="cpu")  # torch-fidelity unpickles freely; this refuses code
-            self.net = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], str(weights))
-        except Exception as error:
-            raise BadInput(f"the Inception weights {weights or 'could not be downloaded and'} cannot be loaded "
-                           f"({str(error).splitlines()[0]}); give torch-fidelity's file {INCEPTION_URL.rpartition('/')[2]} "
-                           "as --inception FILE") from None
-        # sFID reads the first 7 channels of the ReLU output of Mixed_6d.branch1x1.
-        self.net.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: setattr(self, "mixed", output))
+
+            if weights is None:  # checked against the hash in its name, renamed when complete
+                torch.hub.load_state_dict_from_url(
+                    WEIGHTS_URL, check_hash=True, weights_only=True, map_location="cpu"
+                )
+                weights = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+            # torch-fidelity unpickles without a check; this line refuses a file that holds code.
+            torch.load(weights, weights_only=True, map_location="cpu")
+            outputs = ["2048", "logits_unbiased"]
+            self.net = FeatureExtractorInceptionV3("inception", outputs, str(weights))
+        except Exception as error:  # no package, no network, no such file, other weights, ...
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"the Inception weights {weights or WEIGHTS_URL} cannot be loaded ({reason}); "
+                f"install torch-fidelity and give its file {WEIGHTS_FILE} as --inception FILE"
+            ) from None
+        self.net.Mixed_6d.branch1x1.register_forward_hook(self.keep_mixed)
         self.eval()
 
+    def keep_mixed(self, module, inputs, output):
+        self.mixed = output  # (B, 192, 17, 17), after its ReLU
+
     def forward(self, images):
-        pool, logits = self.net(images.permute(0, 3, 1, 2))
-        # Flat as (row, column, channel), TensorFlow's order: against a stored mu_s the order counts.
-        spatial = self.mixed[:, :7].permute(0, 2, 3, 1).flatten(1)
-        return {"pool": pool, "spatial": spatial, "probabilities": logits.softmax(-1)}  # softmax of pool @ W.T, no bias
+        """uint8 (B, H, W, 3) -> "pool" (B, 2048), "spatial" (B, 2023), "probabilities" (B, 1008)"""
+        pool, logits = self.net(images.permute(0, 3, 1, 2))  # takes (B, 3, H, W)
+        # sFID reads the first 7 channels, flat in TensorFlow's order (row, column, channel). In
+        # another order they would not fit a stored mu_s.
+        spatial = self.mixed[:, :7].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        # The logits are pool @ W.T without a bias, as in ADM's evaluator.
+        return {"pool": pool, "spatial": spatial, "probabilities": logits.softmax(-1)}
 
 
-def feature_network(kind, size, inception, device):
-    """(kind, network) for images of `size` pixels: "inception", or "fashion", the classifier, which "auto" takes for 28."""
-    kind = ("fashion" if size == 28 else "inception") if kind == "auto" else kind
-    if kind == "inception":
-        return kind, Inception(inception).to(device)
-    if size != 28:
-        raise BadInput(f"--features fashion is for 28 x 28 images, these are {size} x {size}; use --features inception")
-    from data.fashion_mnist_features import FashionClassifier
-    return kind, FashionClassifier.load().to(device)
+def feature_network(name, size, inception, device):
+    """The network `name` for images of `size`: (H, W), or one number if they are square.
 
-
-def map_npz(path, name):
-    """Array `name` of an .npz: mapped from the file if it is stored uncompressed, else read; None if it is not there."""
+    name: "inception", "fashion" (a classifier for 28 x 28 Fashion-MNIST, which needs no download),
+    or "auto", which is "fashion" for 28 x 28. inception: file of its weights, or None.
+    Returns the name and the network, which maps uint8 (B, H, W, 3) to a dict as Inception does
+    ("spatial" may be missing). Raises InputError.
+    """
+    is_28 = size in (28, (28, 28))
+    if name == "auto":
+        name = "fashion" if is_28 else "inception"
+    if name == "inception":
+        return name, Inception(inception).to(device)
+    if not is_28:
+        raise InputError("--features fashion is for 28 x 28 images only, use --features inception")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if f"{name}.npy" not in archive.namelist():
-                return None
-            entry = archive.getinfo(f"{name}.npy")
-            if entry.compress_type != zipfile.ZIP_STORED:
-                return np.load(path)[name]
-            with archive.open(entry) as member:  # the array starts where the .npy header ends
-                np.lib.format.read_magic(member)
-                shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-                header = member.tell()
-        with open(path, "rb") as f:
-            f.seek(entry.header_offset + 26)  # lengths of the name and of the extra field in the local zip header
-            lengths = np.frombuffer(f.read(4), "<u2").sum()
-        return np.memmap(path, dtype, "r", int(entry.header_offset + 30 + lengths + header), shape, "F" if fortran else "C")
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        raise BadInput(f"{path} is not a whole .npz file: {error}") from None
+        from data.fashion_mnist_features import FashionClassifier
+    except ImportError as error:  # fid.py was copied elsewhere
+        raise InputError(f"--features fashion needs the folder data: {error}") from None
+    return name, FashionClassifier.load().to(device)
 
 
-class ImageSource:
-    """uint8 images (N, H, W, 3) of an npz's arr_0, a folder, a zip or a path into a zip; source[i:j] reads that part. With
-    `crop`, files of any size become ADM's centre crop of that side."""
-
-    def __init__(self, path, crop=None):
-        path = self.path = Path(path)
-        self.crop, self.lossy, self.array, self.names = crop, False, None, None
-        self.archive = next((p for p in (path, *path.parents) if p.suffix.lower() == ".zip" and p.is_file()), None)
-        if path.suffix == ".npz" and path.is_file():
-            self.array = map_npz(path, "arr_0")
-            kind = "missing" if self.array is None else f"{self.array.dtype} of shape {self.array.shape}"
-            if not (kind.startswith("uint8") and self.array.ndim == 4 and self.array.shape[3] == 3):
-                raise BadInput(f"{path}: arr_0 is {kind}; images as uint8 from 0 to 255 of shape (N, H, W, 3) are needed")
-            self.size = self.array.shape[1:]
-            return
-        if self.archive:
-            inside = path.relative_to(self.archive).as_posix()
-            if not zipfile.is_zipfile(self.archive):
-                raise BadInput(f"{self.archive} is not a whole zip file")
-            self.zip = zipfile.ZipFile(self.archive)
-            names = [n for n in self.zip.namelist() if inside == "." or n.startswith(inside + "/")]
-        elif path.is_dir():
-            names = [str(p) for p in path.rglob("*")]
-        else:
-            raise BadInput(f"{path} does not exist or is no .npz, folder, zip or path into a zip")
-        self.names = sorted(n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".bmp")))
-        if not self.names:
-            raise BadInput(f"{path} holds no images")
-        self.lossy = self.names[0].lower().endswith((".jpg", ".jpeg", ".webp"))
-        self.size = self.read(self.names[0]).shape
-
-    def read(self, name):
-        try:
-            with Image.open(io.BytesIO(self.zip.read(name)) if self.archive else name) as image:
-                if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scaling
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = image.convert("RGB")
-        except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
-            raise BadInput(f"{name} in {self.path} cannot be read as an image: {error}") from None
-        if not self.crop:
-            return np.asarray(image)
-        from pretokenize import center_crop
-        return center_crop(image, self.crop)
-
-    def __len__(self):
-        return len(self.array if self.names is None else self.names)
-
-    def __getitem__(self, part):
-        if self.names is None:
-            return np.array(self.array[part])
-        with ThreadPoolExecutor(1 if self.archive else None) as pool:  # one zip handle, one reader
-            images = list(pool.map(self.read, self.names[part]))
-        for name, image in zip(self.names[part], images):
-            if image.shape != self.size:
-                raise BadInput(f"{name} in {self.path} is {image.shape[1]} x {image.shape[0]}, the first image there is "
-                               f"{self.size[1]} x {self.size[0]}")
-        return np.stack(images)
-
-
-def sum_ranks(*tensors):
-    for tensor in tensors if WORLD > 1 else ():
-        dist.all_reduce(tensor)
+# Statistics of features
 
 
 class Moments:
     """Mean and covariance of feature rows that come in batches, summed in float64."""
 
     def __init__(self):
-        self.count, self.sum, self.outer = 0, 0, 0
+        self.count = torch.zeros((), dtype=torch.float64)
+        self.sum = 0  # (d,) after the first batch
+        self.outer = 0  # (d, d), sum of the outer products x x^T
 
     def add(self, x):
+        """x (B, d)"""
         x = x.cpu().double()
-        self.count, self.sum, self.outer = self.count + len(x), self.sum + x.sum(0), self.outer + x.T @ x
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.outer += x.T @ x
 
     def result(self):
-        """mu (d,), sigma (d, d) with n - 1 as float64 arrays, over all ranks."""
-        count = torch.tensor(float(self.count), dtype=torch.float64)
-        sum_ranks(count, self.sum, self.outer)
-        mu = self.sum / count
-        sigma = (self.outer - count * torch.outer(mu, mu)) / (count - 1)
+        """mu (d,) and sigma (d, d) as float64 arrays. Raises InputError if they are not finite."""
+        mu = self.sum / self.count
+        sigma = (self.outer - self.count * torch.outer(mu, mu)) / (self.count - 1)
         if not (mu.isfinite().all() and sigma.isfinite().all()):
-            raise BadInput("the features hold values that are not finite: at least 2 images are needed, and sound weights")
+            raise InputError("the features are not finite: the network's weights must be damaged")
         return mu.numpy(), sigma.numpy()
 
 
 class ScoreSums:
     """What the Inception Score needs of p(y|x): sums over splits of 5,000 consecutive images."""
 
-    def __init__(self, total, classes, split=5000):
+    def __init__(self, num_images, num_classes, split=5000):
         self.split = split
-        self.sums = torch.zeros(-(-total // split), classes + 2, dtype=torch.float64)  # p, p log p over the classes, count
+        # Columns: sum of p for each class, sum of p log p over all classes, number of images
+        shape = (math.ceil(num_images / split), num_classes + 2)
+        self.sums = torch.zeros(shape, dtype=torch.float64)
 
     def add(self, p, first):
         """p (B, classes) of the images first, first + 1, ..."""
-        p, index = p.cpu().double(), torch.arange(first, first + len(p)) // self.split
-        p_log_p = torch.special.xlogy(p, p).sum(1, keepdim=True)
-        self.sums.index_add_(0, index, torch.cat([p, p_log_p, torch.ones_like(p_log_p)], 1))
+        p = p.cpu().double()
+        split = torch.arange(first, first + len(p)) // self.split  # (B,)
+        p_log_p = torch.special.xlogy(p, p).sum(1, keepdim=True)  # (B, 1)
+        self.sums.index_add_(0, split, torch.cat([p, p_log_p, torch.ones_like(p_log_p)], 1))
 
     def result(self):
         """Mean over the splits of exp(mean KL(p(y|x) || p(y)))."""
-        sum_ranks(self.sums)
         means = self.sums / self.sums[:, -1:]
-        kl = means[:, -2] - torch.special.xlogy(means[:, :-2], means[:, :-2]).sum(1)
+        p_y = means[:, :-2]  # (splits, classes)
+        kl = means[:, -2] - torch.special.xlogy(p_y, p_y).sum(1)  # (splits,)
         return kl.exp().mean().item()
 
 
 @torch.no_grad()
-def extract(network, source, device, batch_size, title, keep=None):
-    """One pass over an image source -> {"pool": (mu, sigma), "spatial": ..., "inception_score"}, and on rank 0 "features", the
-    pooled features (N, d) float32 of the first `keep` images (all if None), and "predicted" (N,), the likeliest classes."""
-    first, last = RANK * len(source) // WORLD, (RANK + 1) * len(source) // WORLD  # this rank's consecutive images
-    moments, score, features, predicted = {}, None, [], []
-    for i in tqdm(range(first, last, batch_size), desc=title, unit="batch", disable=RANK > 0):
-        batch = source[i:min(i + batch_size, last)]
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the numbers shall not depend on the card
-            out = network(torch.from_numpy(batch).to(device))
-        for name in ("pool", "spatial"):
-            if name in out:
-                moments.setdefault(name, Moments()).add(out[name])
-        score = score or ScoreSums(len(source), out["probabilities"].shape[1])
-        score.add(out["probabilities"], i)
-        predicted.append(out["probabilities"].argmax(1).cpu())
-        if keep is None or i < keep:
-            features.append(out["pool"][:None if keep is None else keep - i].float().cpu())
-    if score is None:
-        raise BadInput(f"{len(source)} images are too few for {WORLD} ranks")
-    result = {name: m.result() for name, m in moments.items()} | {"inception_score": score.result()}
-    for name, parts in (("features", features), ("predicted", predicted)):
-        gathered = [parts]
-        if WORLD > 1:
-            gathered = [None] * WORLD if RANK == 0 else None
-            dist.gather_object(parts, gathered)
-        if RANK == 0 and gathered[0]:
-            result[name] = torch.cat([part for parts in gathered for part in parts]).numpy()
+def extract(network, source, device, batch_size, title, keep=0):
+    """Runs all images through a network of `feature_network`; each rank takes its share.
+
+    source: anything with a length whose source[i:j] is uint8 (j - i, H, W, 3).
+    Returns "pool" and, from Inception, "spatial": (mu, sigma); "inception_score"; "features": pool
+    (keep, d) float32 of the first `keep` images; "predicted": likeliest class of each image (N,).
+    Raises InputError if there are too few images or features are not finite.
+    """
+    rank = get_rank()
+    world_size = get_world_size()
+    if len(source) < max(2, world_size):
+        raise InputError(f"{title}: {len(source)} are too few images, 2 and 1 per rank are needed")
+    start = rank * len(source) // world_size
+    stop = (rank + 1) * len(source) // world_size
+    moments = {}
+    score = None
+    features = []
+    predicted = []
+    for i in tqdm(range(start, stop, batch_size), desc=title, unit="batch", disable=rank > 0):
+        images = torch.from_numpy(source[i : min(i + batch_size, stop)])  # (B, H, W, 3)
+        # Without TF32, which would make the numbers depend on the type of GPU
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            output = network(images.to(device))
+        probabilities = output["probabilities"]  # (B, classes)
+        if score is None:
+            score = ScoreSums(len(source), probabilities.shape[1])
+            moments = {name: Moments() for name in ("pool", "spatial") if name in output}
+        score.add(probabilities, i)
+        for name in moments:
+            moments[name].add(output[name])
+        features.append(output["pool"][: max(keep - i, 0)].float().cpu())  # (B or less, d)
+        predicted.append(probabilities.argmax(1).cpu())  # (B,)
+
+    sum_over_ranks(score.sums)
+    result = {"inception_score": score.result()}
+    for name in moments:
+        sum_over_ranks(moments[name].count, moments[name].sum, moments[name].outer)
+        result[name] = moments[name].result()
+    result["features"] = gather_rows(torch.cat(features))
+    result["predicted"] = gather_rows(torch.cat(predicted))
     return result
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); the last trace is that of the root of the symmetric R S2 R with
-    R = S1^(1/2), which has real eigenvalues whatever its rank."""
-    values, vectors = np.linalg.eigh(sigma1)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace)
+# Small arrays of an .npz: statistics and labels
 
 
-def squared_distances(a, b, b_norms):
-    """(n, d), (m, d), |b|^2 (m,) -> (n, m) float32"""
-    return torch.addmm(b_norms + a.square().sum(1)[:, None], a, b.T, alpha=-2).clamp_min_(0)
-
-
-def precision_recall(samples, reference, device="cpu", k=3, block=1000):
-    """Share of samples within the k-NN manifold of the reference, and the reverse; features (n, d), (m, d) float32. A point
-    lies in a manifold if it is no further from one of its points than that point's k-th nearest neighbour."""
-    x, y = torch.from_numpy(samples).to(device), torch.from_numpy(reference).to(device)
-    norms_x, norms_y = x.square().sum(1), y.square().sum(1)
-
-    def radii(a, norms):  # the nearest is the point itself
-        return torch.cat([squared_distances(part, a, norms).topk(min(k + 1, len(a)), largest=False).values[:, -1]
-                          for part in a.split(block)])
-
-    radius_x, radius_y = radii(x, norms_x), radii(y, norms_y)
-    in_reference, in_samples = [], torch.zeros(len(y), dtype=torch.bool, device=device)
-    for i in range(0, len(x), block):
-        d = squared_distances(x[i:i + block], y, norms_y)  # (block, m)
-        in_reference.append((d <= radius_y).any(1))
-        in_samples |= (d <= radius_x[i:i + block, None]).any(0)
-    return torch.cat(in_reference).float().mean().item(), in_samples.float().mean().item()
-
-
-def cache_file(path, network):
-    """Where the statistics of a reference are kept: beside it, under a name with the hash of all its bytes, so never stale."""
-    path = Path(path)
-    base = path if path.suffix == ".npz" or path.is_dir() else ImageSource(path).archive
-    sha = hashlib.sha256(f"{type(network).__name__} {path.relative_to(base.parent).as_posix()}".encode())
-    for tensor in network.state_dict().values():
-        sha.update(tensor.cpu().numpy().tobytes())
-    for file in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else [base]:
-        with open(file, "rb") as f:
-            sha.update(hashlib.file_digest(f, "sha256").digest())
-    return base.with_name(f"{base.name}.{sha.hexdigest()[:16]}.fid.npz")
+def read_array(path, name, dtype):
+    """A small array of an .npz, or None if there is none. Raises InputError."""
+    if not is_npz(path):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            if name not in npz:
+                return None
+            return npz[name].astype(dtype, casting="same_kind")
+    except Exception as error:  # numpy, zipfile and zlib raise many types
+        raise InputError(f"{path}: its array {name} cannot be read: {error}") from None
 
 
 def stored_statistics(path):
-    """({"pool": (mu, sigma), "spatial": (mu_s, sigma_s)} as far as an npz stores them, whether it holds nothing else)"""
-    if not (str(path).endswith(".npz") and Path(path).is_file()):
-        return {}, False
-    names = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
-    pairs = {name: [map_npz(path, key) for key in keys] for name, keys in names.items()}
-    stored = {name: pair for name, pair in pairs.items() if pair[0] is not None and pair[1] is not None}
-    return stored, bool(stored) and map_npz(path, "arr_0") is None
+    """The statistics that an .npz stores: (mu, sigma) as "pool", (mu_s, sigma_s) as "spatial".
+
+    Raises InputError if they are not a finite vector (d,) and a finite matrix (d, d).
+    """
+    result = {}
+    for feature, mu_name, sigma_name in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        mu = read_array(path, mu_name, np.float64)
+        sigma = read_array(path, sigma_name, np.float64)
+        if mu is None or sigma is None:
+            continue
+        if mu.ndim != 1 or sigma.shape != mu.shape * 2:
+            raise InputError(
+                f"{path}: {mu_name} and {sigma_name} have shapes {mu.shape} and {sigma.shape}; "
+                "a mean (d,) and a covariance (d, d) are needed"
+            )
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise InputError(f"{path}: {mu_name} or {sigma_name} holds values that are not finite")
+        result[feature] = (mu, sigma)
+    return result
 
 
-def reference_features(path, network, device, batch_size, cache, size):
-    """Statistics, and features for precision and recall, of a reference; statistics stored in an npz count before images."""
-    stored, nothing_else = stored_statistics(path)
-    if nothing_else:
-        return stored
+def read_labels(path, n):
+    """The class labels (n,) in arr_1 of an .npz, or None. Raises InputError."""
+    labels = read_array(path, "arr_1", np.int64)
+    if labels is not None and labels.shape != (n,):
+        raise InputError(f"{path}: arr_1 has shape {labels.shape}, not ({n},): a label an image")
+    return labels
+
+
+def has_images(path):
+    """Whether an .npz holds more than statistics."""
+    with zipfile.ZipFile(path) as npz:
+        return "arr_0.npy" in npz.namelist()
+
+
+def reference_features(path, network, device, batch_size, size):
+    """What `extract` returns for a reference, the statistics replaced by those that are stored.
+
+    size: of the images to compare with, (H, W) or one number. An .npz of nothing but statistics
+    gives these alone. Raises InputError.
+    """
+    stored = stored_statistics(path)
     if stored:
+        if not has_images(path):
+            return stored
         note(f"the statistics stored in {path} count, not those of its images")
-    file = cache_file(path, network) if cache else None
-    if file and file.exists():
-        saved = np.load(file)  # a row of means above the covariance
-        return {name: (saved[name][0], saved[name][1:]) for name in ("pool", "spatial") if name in saved} | {
-            "features": saved["features"]} | stored
     source = ImageSource(path)
-    if source.size[0] != size:
-        raise BadInput(f"{path} holds images of {source.size[0]} pixels, the samples have {size}: bring both to one size first")
-    result = extract(network, source, device, batch_size, f"features of {path}", keep=10000)
-    if file and RANK == 0:
-        with open(file.with_suffix(".tmp"), "wb") as f:
-            statistics = {name: np.vstack(result[name]) for name in ("pool", "spatial") if name in result}
-            np.savez(f, features=result["features"], **statistics)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(f.name, file)
-    return result | stored
+    if isinstance(size, int):
+        size = (size, size)
+    if source.size != size:
+        raise InputError(
+            f"{path} holds images of (height, width) {source.size}, the samples have {size}; "
+            "bring both to one size first"
+        )
+    title = f"features of {path}"
+    result = extract(network, source, device, batch_size, title, keep=NUM_REFERENCE)
+    result.update(stored)
+    return result
+
+
+# Scores
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means (d,) and covariances (d, d).
+
+    S1 S2 has the eigenvalues of the symmetric R S2 R, R = S1^(1/2); so they are real and found
+    safely whatever the rank, and the trace of the root is the sum of their roots.
+    """
+    values, vectors = np.linalg.eigh(sigma1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    trace = np.sqrt(np.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
+    return float(distance)
+
+
+def fid_and_sfid(samples, reference, fid_name="fid"):
+    """FID and, where both sides have its features, sFID of two results of `extract`.
+
+    Raises InputError if the two sides come from networks with different numbers of features.
+    """
+    result = {}
+    for name, feature in ((fid_name, "pool"), ("sfid", "spatial")):
+        if feature in samples and feature in reference:
+            mu1, sigma1 = samples[feature]
+            mu2, sigma2 = reference[feature]
+            if len(mu1) != len(mu2):
+                raise InputError(
+                    f"the reference has statistics of {len(mu2)} features, the samples of "
+                    f"{len(mu1)}; both must come from the same network (--features)"
+                )
+            result[name] = frechet_distance(mu1, sigma1, mu2, sigma2)
+    return result
+
+
+def squared_distances(a, b, b_squares):
+    """(n, d), (m, d), |b|^2 (m,) -> (n, m)"""
+    squares = b_squares + a.square().sum(1)[:, None]  # (n, m)
+    return torch.addmm(squares, a, b.T, alpha=-2).clamp_min_(0)
+
+
+def neighbour_distances(points, squares, k, block):
+    """Squared distance of each point (n, d) to its k-th nearest neighbour, (n,)."""
+    k = min(k + 1, len(points))  # the nearest is the point itself
+    result = []
+    for rows in points.split(block):
+        distances = squared_distances(rows, points, squares)  # (block, n)
+        result.append(distances.topk(k, largest=False).values[:, -1])
+    return torch.cat(result)
+
+
+def precision_recall(samples, reference, device="cpu", k=3, block=1000):
+    """Improved precision and recall of features (n, d) and (m, d), float32 arrays.
+
+    A point lies in the manifold of a set if it is no further from some point of the set than that
+    point's k-th nearest neighbour in the set is. Precision is the share of samples in the
+    manifold of the reference, recall the share of reference images in that of the samples.
+    Source: https://arxiv.org/abs/1904.06991
+    """
+    samples = torch.from_numpy(samples).to(device)
+    reference = torch.from_numpy(reference).to(device)
+    sample_squares = samples.square().sum(1)  # (n,)
+    reference_squares = reference.square().sum(1)  # (m,)
+    sample_radius = neighbour_distances(samples, sample_squares, k, block)  # (n,)
+    reference_radius = neighbour_distances(reference, reference_squares, k, block)  # (m,)
+    sample_is_inside = []
+    reference_is_inside = torch.zeros(len(reference), dtype=torch.bool, device=device)
+    # In blocks of samples: all n x m distances at once would not fit in memory.
+    for rows, radius in zip(samples.split(block), sample_radius.split(block)):
+        distances = squared_distances(rows, reference, reference_squares)  # (block, m)
+        sample_is_inside.append((distances <= reference_radius).any(1))
+        reference_is_inside |= (distances <= radius[:, None]).any(0)
+    precision = torch.cat(sample_is_inside).float().mean().item()
+    recall = reference_is_inside.float().mean().item()
+    return precision, recall
 
 
 def psnr(a, b):
-    """10 log10(255^2 / MSE) of each image pair in dB; (B, 3, H, W) from 0 to 255 -> (B,)."""
-    return 10 * (255**2 / (a - b).square().mean((1, 2, 3)).clamp_min(1e-10)).log10()
+    """10 log10(255^2 / MSE) of each pair of images in dB: (B, 3, H, W) from 0 to 255 -> (B,)."""
+    mse = (a - b).square().mean((1, 2, 3))
+    return 10 * (255**2 / mse.clamp_min(1e-10)).log10()
 
 
 def ssim(a, b):
-    """SSIM of each pair: 11 x 11 Gaussian window of sigma 1.5, per colour, without padding; from 0 to 255 -> (B,)."""
-    g = torch.exp(-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5**2))
-    window = (torch.outer(g, g) / g.sum() ** 2)[None, None]
+    """SSIM of each pair of images: (B, 3, H, W) from 0 to 255 -> (B,).
 
-    def blur(x):
-        return F.conv2d(x.flatten(0, 1)[:, None], window).unflatten(0, x.shape[:2])[:, :, 0]
+    As Wang et al. 2004: a Gaussian window of 11 x 11 with sigma 1.5, for each colour, no padding.
+    """
+    x = torch.arange(11, dtype=a.dtype, device=a.device) - 5
+    gaussian = torch.exp(-x.square() / (2 * 1.5**2))
+    window = torch.outer(gaussian, gaussian) / gaussian.sum() ** 2  # (11, 11)
 
-    mu_a, mu_b = blur(a), blur(b)
-    var_a, var_b, cov = blur(a * a) - mu_a**2, blur(b * b) - mu_b**2, blur(a * b) - mu_a * mu_b
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return ((2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
+    def blur(images):  # (B, C, H, W) -> (B, C, H - 10, W - 10)
+        planes = images.flatten(0, 1)[:, None]  # (B * C, 1, H, W)
+        return F.conv2d(planes, window[None, None]).unflatten(0, images.shape[:2])[:, :, 0]
+
+    mean_a = blur(a)
+    mean_b = blur(b)
+    var_a = blur(a * a) - mean_a**2
+    var_b = blur(b * b) - mean_b**2
+    cov = blur(a * b) - mean_a * mean_b
+    c1 = (0.01 * 255) ** 2
+    c2 = (0.03 * 255) ** 2
+    numerator = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+    denominator = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return (numerator / denominator).mean((1, 2, 3))
 
 
-class Paired:
-    """The source of what `make` makes of the originals; sums the measures of each pair that is read."""
+def load_lpips(device):
+    """LPIPS (VGG16) as a function like psnr and ssim. Raises InputError if it cannot be loaded."""
+    try:
+        import lpips
 
-    def __init__(self, originals, make, measures):
-        self.originals, self.make, self.measures = originals, make, measures
+        network = lpips.LPIPS(net="vgg", verbose=False).to(device).eval()
+    except Exception as error:  # no package, no network, ...
+        raise InputError(f"--lpips needs the package lpips and VGG16 weights: {error}") from None
+
+    def distance(a, b):  # (B, 3, H, W) from 0 to 255 -> (B,); the network takes -1 to 1
+        return network(a.to(device) / 127.5 - 1, b.to(device) / 127.5 - 1).flatten().cpu()
+
+    return distance
+
+
+class Reconstructions:
+    """What a tokenizer makes of the images of a source, as a source of its own for `extract`.
+
+    Each batch that is read is also compared with its originals by all `measures`, which are
+    functions like psnr under the name to print; `means` returns their means over all images.
+    """
+
+    def __init__(self, originals, tokenizer, measures, device):
+        self.originals = originals
+        self.tokenizer = tokenizer
+        self.measures = measures
+        self.device = device
         self.sums = torch.zeros(len(measures), dtype=torch.float64)
 
     def __len__(self):
         return len(self.originals)
 
-    def __getitem__(self, part):
-        originals = self.originals[part]
-        images = self.make(part, originals)
-        a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).float() for x in (images, originals))
-        self.sums += torch.stack([measure(a, b).double().sum() for measure in self.measures.values()])
-        return images
+    def __getitem__(self, rows):
+        from tokenizer import to_float, to_uint8  # here, because all else works without that file
 
-    def result(self):
-        """{name: mean over all images of all ranks}"""
-        sum_ranks(self.sums)
+        originals = torch.from_numpy(self.originals[rows]).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        codes = self.tokenizer.encode(to_float(originals.to(self.device)))  # (B, K + N)
+        images = to_uint8(self.tokenizer.decode(codes))  # (B, H, W, 3)
+        a = images.permute(0, 3, 1, 2).float()
+        b = originals.float()
+        for i, measure in enumerate(self.measures.values()):
+            self.sums[i] += measure(a, b).double().sum()
+        return images.numpy()
+
+    def means(self):
+        sum_over_ranks(self.sums)
         return dict(zip(self.measures, (self.sums / len(self)).tolist()))
 
 
-def reconstruct(path, device):
-    """(uint8 images -> their reconstructions by the tokenizer at `path`, its image size)"""
-    from common import to_float, to_uint8
-    from tokenizer import Tokenizer
-    tokenizer = Tokenizer.load(path).to(device)
-
-    def make(part, originals):
-        images = to_float(torch.from_numpy(originals).to(device)).permute(0, 3, 1, 2)
-        return to_uint8(tokenizer.decode(tokenizer.encode(images))).numpy()
-
-    return make, tokenizer.cfg.image_size
+# The script
 
 
-def pair_measures(args):
-    measures = {"psnr": psnr} | ({"ssim": ssim} if args.ssim else {})
-    if args.lpips:
-        import lpips
-        try:
-            network = lpips.LPIPS(net="vgg", verbose=False).to(args.device).eval()
-        except Exception as error:
-            raise BadInput(f"--lpips needs torchvision's VGG16 weights, and their download failed: {error}") from None
-        measures["lpips"] = lambda a, b: network(a.to(args.device) / 127.5 - 1, b.to(args.device) / 127.5 - 1).flatten().cpu()
-    return measures
+def positive_int(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="FID and friends.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="FID, sFID, Inception Score, precision and recall; rFID and PSNR.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     flag = parser.add_argument
-    flag("samples", nargs="?", help="npz, folder or zip of generated images; by default samples.npz in --out")
-    flag("reference", nargs="?", help="npz, folder or zip to compare with; by default the embedded training images")
-    flag("--tokenizer", help="evaluate this tokenizer's reconstructions of --data against --data: rFID and PSNR")
-    flag("--data", default=str(DATA / "fashion_mnist.zip" / "val"), help="images to reconstruct with --tokenizer")
-    flag("--paired", action="store_true", help="both sides hold the same images in the same order: add PSNR")
-    flag("--ssim", action="store_true", help="beside PSNR also SSIM")
-    flag("--lpips", action="store_true", help="beside PSNR also LPIPS (VGG)")
-    flag("--features", default="auto", choices=["auto", "inception", "fashion"], help="auto is fashion for 28 x 28 images")
-    flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights, instead of downloading them")
-    flag("--cache", action="store_true", help="keep the reference's statistics in a file beside it")
+    flag("samples", nargs="?", help="npz, folder or zip of images, else samples.npz in --out")
+    flag("reference", nargs="?", default=str(DATA / "train"), help="npz, folder or zip of images")
+    flag("--tokenizer", metavar="FILE", help="score its reconstructions of --data instead")
+    flag("--data", default=str(DATA / "val"), help="images to reconstruct with --tokenizer")
+    flag("--ssim", action="store_true", help="with --tokenizer: add SSIM")
+    flag("--lpips", action="store_true", help="with --tokenizer: add LPIPS (VGG16)")
+    networks = ["auto", "inception", "fashion"]
+    flag("--features", default="auto", choices=networks, help="auto: fashion for 28 x 28 images")
+    flag("--inception", metavar="FILE", help="torch-fidelity's weights, else they are downloaded")
+    flag("--batch_size", type=positive_int, default=100, help="images per forward of each rank")
+    flag("--out", default="out", help="folder where samples.npz is looked for")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     flag("--json", action="store_true", help="print one JSON line instead of the table")
-    flag("--batch_size", type=int, default=100, help="images per forward of each rank")
-    flag("--out", default="out", help="folder where samples.npz is looked for if no path is given")
-    flag("--device", default="auto", help="auto, cuda, mps or cpu")
     args = parser.parse_args()
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.tokenizer and args.reference or args.batch_size < 1:
-        parser.error("--batch_size must be above 0; with --tokenizer give at most one path, a reference other than --data")
+    if args.tokenizer and args.samples:
+        parser.error("--tokenizer is scored against its originals, --data; give no other images")
+    if (args.ssim or args.lpips) and not args.tokenizer:
+        parser.error("--ssim and --lpips compare pairs of images: give --tokenizer with them")
+    if args.samples is None:
+        args.samples = f"{args.out}/samples.npz"
     return args
 
 
-def distances(samples, against, name):
-    """FID under the given name, and sFID where both sides have its statistics."""
-    result = {}
-    for measure, key in ((name, "pool"), ("sfid", "spatial")):
-        if key in samples and key in against:
-            if samples[key][0].shape != against[key][0].shape:
-                raise BadInput(f"the reference has statistics of {len(against[key][0])} features, the samples have "
-                               f"{len(samples[key][0])}: both must come from the same network (--features)")
-            result[measure] = frechet_distance(*samples[key], *against[key])
-    return result
+def pick_device(name, local_rank):
+    """The device of this rank; ranks take turns on the GPUs. Raises InputError."""
+    available = []  # best first
+    if torch.cuda.is_available():
+        available.append("cuda")
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
+    if name == "auto":
+        name = available[0]
+    if name not in available:
+        raise InputError(f"--device {name} is not available here, use one of {available}")
+    if name == "cuda":
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
+    return name
 
 
-def report(result, args):
-    table = "\n".join(f"{k:18} {v:.4f}" if isinstance(v, float) else f"{k:18} {v}" for k, v in result.items())
-    if not RANK:
-        print(json.dumps(result) if args.json else table)
+def print_result(result, as_json):
+    """Raises InputError instead of printing a score that is not finite."""
+    for name, value in result.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} is {value}: images, statistics or weights must be damaged")
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name, value in result.items():
+        text = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name:18} {text}")
 
 
 def main():
     args = parse_args()
-    if WORLD > 1:
-        dist.init_process_group("gloo")  # only float64 sums and gathered features travel, on the CPU
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    reference, originals = args.reference or str(DATA / "fashion_mnist.zip" / "train"), None
-    if args.tokenizer:
-        make, size = reconstruct(args.tokenizer, args.device)
-        originals, reference, name = ImageSource(args.data, crop=size), args.samples, f"reconstructions by {args.tokenizer}"
-        if reference:
-            note("a reconstruction scored against other images than its own originals: do not compare it with rFIDs")
-    else:
-        name = args.samples or f"{args.out}/samples.npz"
-        (stored, only), against = stored_statistics(name), stored_statistics(reference)[0]
-        if only:  # there is nothing to extract: two FIDs are all there can be
-            if stored.keys() - against.keys():
-                raise BadInput(f"{name} holds statistics only, so the reference must hold them too, and {reference} lacks some")
-            return report({"samples": name, "reference": reference} | distances(stored, against, "fid"), args)
-        images = ImageSource(name)
-        size = images.size[0]
-        if images.lossy:
-            note(f"{name} holds JPEG or WebP files: lossy compression alone moves FID by more than most papers, save PNG")
-        if args.paired:
-            originals = ImageSource(reference)
-            if len(images) != len(originals) or images.size != originals.size:
-                raise BadInput(f"--paired: {name} holds {len(images)} images of {images.size[:2]} and {reference} "
-                               f"{len(originals)} of {originals.size[:2]}; both must be the same")
-            make = lambda part, originals: images[part]
-    if (args.ssim or args.lpips) and not originals:
-        raise BadInput("--ssim and --lpips compare pairs: give --tokenizer or --paired with them")
-    kind, network = feature_network(args.features, size, args.inception, args.device)
-    source = Paired(originals, make, pair_measures(args)) if originals else images
-    samples = extract(network, source, args.device, args.batch_size, "features of samples")
-    if args.tokenizer and not reference:
-        against = extract(network, originals, args.device, args.batch_size, "features of originals", keep=10000)
-    else:
-        against = reference_features(reference, network, args.device, args.batch_size, args.cache, size)
-    pairs = source.result() if originals else {}
-    if RANK:
+    rank = int(os.environ.get("RANK", 0))  # torchrun sets these
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+
+    # Two files of statistics: there is nothing to extract
+    if not args.tokenizer and stored_statistics(args.samples) and not has_images(args.samples):
+        samples = stored_statistics(args.samples)
+        scores = fid_and_sfid(samples, stored_statistics(args.reference))
+        if not scores:
+            raise InputError(f"{args.samples} holds only statistics, and {args.reference} none")
+        if rank == 0:
+            result = {"samples": args.samples, "reference": args.reference}
+            result.update(scores)
+            print_result(result, args.json)
         return
-    result = {"samples": name, "reference": str(reference or args.data), "features": kind, "count": len(source)}
-    result |= distances(samples, against, "rfid" if originals and not (args.tokenizer and reference) else "fid")
+
+    # Images and network
+    if world_size > 1:
+        dist.init_process_group("gloo")  # what the ranks exchange is on the CPU
+        # Also after an error: gloo's threads would sometimes abort a Python that ends before them.
+        atexit.register(dist.destroy_process_group)
+    if args.tokenizer:
+        from tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(args.tokenizer).to(device)
+        originals = ImageSource(args.data, crop=tokenizer.cfg.image_size)
+        measures = {"psnr": psnr}
+        if args.ssim:
+            measures["ssim"] = ssim
+        if args.lpips:
+            measures["lpips"] = load_lpips(device)
+        source = Reconstructions(originals, tokenizer, measures, device)
+        size = originals.size
+        result = {"samples": f"reconstructions by {args.tokenizer}", "reference": args.data}
+    else:
+        source = ImageSource(args.samples)
+        size = source.size
+        result = {"samples": args.samples, "reference": args.reference}
+        if any(name.lower().endswith(LOSSY_SUFFIXES) for name in source.names):
+            note(f"{args.samples} holds JPEG or WebP files: compression alone moves FID, use PNG")
+    network_name, network = feature_network(args.features, size, args.inception, device)
+    result["features"] = network_name
+    result["count"] = len(source)
+
+    # Features, the reference first: a mistake in it shows before the long work
+    if args.tokenizer:
+        title = "features of originals"
+        against = extract(network, originals, device, args.batch_size, title, keep=NUM_REFERENCE)
+    else:
+        against = reference_features(args.reference, network, device, args.batch_size, size)
+    title = "features of samples"
+    samples = extract(network, source, device, args.batch_size, title, keep=len(source))
+    if args.tokenizer:
+        pairs = source.means()
+
+    # Rank 0 has all it needs, the other ranks leave
+    if world_size > 1:
+        dist.barrier()
+    if rank > 0:
+        return
+
+    # Scores
+    name = "rfid" if args.tokenizer else "fid"
+    result.update(fid_and_sfid(samples, against, name))
     result["inception_score"] = samples["inception_score"]
-    if "features" in against:
-        result["precision"], result["recall"] = precision_recall(samples["features"], against["features"], args.device)
-    result |= pairs
-    labels = map_npz(name, "arr_1") if not args.tokenizer and name.endswith(".npz") else None
-    if kind == "fashion" and labels is not None:
-        result["class_consistency"] = float((samples["predicted"] == labels).mean())
-    report(result, args)
-    if len(source) < 10000:
-        note("fewer than 10,000 images: these numbers are biased, compare them only at equal counts")
-    if len(source) <= len(samples["pool"][0]):
-        note(f"{len(source)} images for {len(samples['pool'][0])} features: the covariance is singular, FID says little")
+    if "features" in against:  # the reference holds images, not only statistics
+        precision, recall = precision_recall(samples["features"], against["features"], device)
+        result["precision"] = precision
+        result["recall"] = recall
+    if args.tokenizer:
+        result.update(pairs)
+    elif network_name == "fashion":
+        labels = read_labels(args.samples, len(source))
+        if labels is not None:
+            result["class_consistency"] = float((samples["predicted"] == labels).mean())
+    print_result(result, args.json)
+
+    # How far they can be trusted
+    n = len(source)
+    d = len(samples["pool"][0])
+    if n < 10000:
+        note("fewer than 10,000 images: these numbers are biased, compare only at equal counts")
+    if n <= d:
+        note(f"{n} images for {d} features: the covariance is singular, FID says little")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        if dist.is_initialized():  # without Python's teardown, which gloo's threads do not always survive
-            sys.stdout.flush()
-            os._exit(0)
-    except ValueError as error:
-        if type(error).__name__ not in ("BadInput", "InputError"):  # the second comes from the tokenizer's files
-            raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+    main()

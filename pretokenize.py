@@ -1,266 +1,454 @@
-"""Stage 1.5: images in, tokens out. Every training image becomes one row of codes in out/codes.npz, once.
+"""Stage 1.5: images in, tokens out. Every training image becomes one row of codes in out/codes.npz.
 
-    python pretokenize.py                                                  # embedded data, out/tokenizer.safetensors
-    python pretokenize.py --data my_images/ --crops center --flip          # a folder of class folders
-    torchrun --nproc_per_node 8 pretokenize.py --data imagenet.zip/ILSVRC/Data/CLS-LOC/train --crops ten
+    python pretokenize.py                               # embedded data, out/tokenizer.safetensors
+    python pretokenize.py --data my_images --crops center --flip        # a folder of class folders
+    torchrun --nproc_per_node 8 pretokenize.py --crops ten \\
+        --data imagenet.zip/ILSVRC/Data/CLS-LOC/train
 
-The file also holds the data set that stage 1 trains on: a folder or a zip of images, and ADM's crops.
+A run that was stopped goes on where it was. This file also holds what the other scripts need of
+images: reading them out of folders and zips, ADM's crops, and picture sheets.
 """
+
 import argparse
-import contextlib
+import collections
+import csv
+import functools
 import hashlib
+import io
 import json
 import math
 import os
-import random
-import signal
-import sys
+import shutil
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from common import InputError, Machine, SharedRows, common_flags, run, to_float
-from tokenizer import Tokenizer
+from tokenizer import (Block, InputError, Tokenizer, attention_backend, to_float, whole,
+                       writing)
 
 EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-ZIPS = {}  # one open handle per process and archive: a forked worker must not share its parent's file position
+PART_SIZE = 500  # images in a part file, see `join_parts`
+
+
+# Images in folders and zips
 
 
 def split_zip(path):
-    """"a/b.zip/c/d" -> ("a/b.zip", "c/d/"); (None, "") for a path that leads through no zip file."""
+    """Splits a/b.zip/c/d into a/b.zip and "c/d/"; gives None and "" where there is no zip."""
     path = Path(path)
-    for part in (path, *path.parents):
-        if part.suffix.lower() == ".zip" and part.is_file():
-            inside = path.relative_to(part).as_posix()
-            return part, "" if inside == "." else inside + "/"
+    for parent in (path, *path.parents):
+        if parent.suffix.lower() == ".zip" and parent.is_file():
+            inside = path.relative_to(parent).as_posix()
+            return parent, "" if inside == "." else f"{inside}/"
     return None, ""
 
 
-def open_zip(archive):
-    key = (os.getpid(), str(archive))
-    if key not in ZIPS:
-        try:
-            ZIPS[key] = zipfile.ZipFile(archive)
-        except zipfile.BadZipFile:
-            raise InputError(f"{archive} is not a whole zip file") from None
-    return ZIPS[key]
+class Images:
+    """The images under a folder, or under a path into a zip file that is read as it is.
 
-
-def shrink(image, shorter):
-    """Shorter side to `shorter`: halved with a box filter while it is at least twice that, then bicubic (ADM's way)."""
-    while min(image.size) >= 2 * shorter:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = shorter / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-
-
-def crop(image, size, top, left):
-    return np.asarray(image)[top:top + size, left:left + size]
-
-
-def center_crop(image, size):
-    """PIL image -> (size, size, 3) uint8: shorter side to `size`, middle square. ADM's evaluation crop."""
-    image = shrink(image, size)
-    return crop(image, size, (image.height - size) // 2, (image.width - size) // 2)
-
-
-def random_crop(image, size, rng):
-    """ADM's training crop: shorter side to a random length in [size, size / 0.8], then a random square."""
-    image = shrink(image, rng.randint(size, math.ceil(size / 0.8)))
-    return crop(image, size, rng.randint(0, image.height - size), rng.randint(0, image.width - size))
-
-
-def five_crops(image, size):
-    """Shorter side to 1.1 * size (281 for 256), the four corners and the centre."""
-    image = shrink(image, int(1.1 * size))
-    bottom, right = image.height - size, image.width - size
-    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-    return [crop(image, size, top, left) for top, left in corners]
-
-
-def ignore_signals(_):
-    """For DataLoader workers: a signal to the whole job asks the trainer to save, and it needs them to finish its step."""
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-
-
-class Images(torch.utils.data.Dataset):
-    """The images under a folder or under a path into a zip; the classes are the sorted names of the folders there.
-    A key is (visit, index). An item is (uint8 tensor (views, 3, size, size), index): every view of the image by `crops`
-    "none", "center" or "ten", or with `train` one view, whose random crop and mirroring are a function of (seed, visit).
-    A flat folder takes its classes from LOC_val_solution.csv above it, if there is one (Kaggle's ImageNet). Raises InputError.
+    names: sorted paths below it. classes: sorted names of the first folders on these paths.
+    labels: (len(images),) int64, the class of each image. A flat folder has a single class, unless
+    Kaggle's LOC_val_solution.csv stands in a folder above it (ImageNet's validation set).
     """
 
-    def __init__(self, path, size, crops="center", flip=False, seed=0, train=False):
-        self.size, self.crops, self.flip, self.seed, self.train = size, crops, flip, seed, train
+    def __init__(self, path):
         self.archive, inside = split_zip(path)
         if self.archive:
-            self.root, names = inside, [n[len(inside):] for n in open_zip(self.archive).namelist() if n.startswith(inside)]
+            try:
+                self.zip = zipfile.ZipFile(self.archive)  # may be read by several threads
+            except (zipfile.BadZipFile, OSError) as error:
+                raise InputError(f"{self.archive} is not a whole zip file: {error}") from None
+            self.root = inside
+            names = [name[len(inside) :] for name in self.zip.namelist() if name.startswith(inside)]
         elif Path(path).is_dir():
-            self.root = str(path)
-            names = [os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
-                     for folder, _, files in os.walk(path, followlinks=True) for name in files]
+            self.root = f"{path}/"
+            names = list_files(path)
         else:
-            raise InputError(f"data path {path} does not exist: a folder, a zip file or a path into a zip file is needed")
-        self.names = sorted(n for n in names if os.path.splitext(n)[1].lower() in EXTENSIONS and not n.startswith("__MACOSX"))
+            raise InputError(f"{path} is no folder, no zip file and no path into a zip file")
+        self.names = sorted(name for name in names if is_image(name))
         if not self.names:
             raise InputError(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})")
-        folders = [n.rpartition("/")[0].split("/")[0] for n in self.names]
-        if set(folders) == {""} and (table := self.find_csv()):
-            folders = [table.get(Path(n).stem, "") for n in self.names]
-        classes, self.labels = np.unique(folders, return_inverse=True)
-        self.classes, self.unreadable = classes.tolist(), set()
+        folders = [name.rpartition("/")[0].split("/")[0] for name in self.names]
+        if set(folders) == {""}:
+            folders = self.classes_of_kaggle() or folders
+        classes, labels = np.unique(folders, return_inverse=True)
+        self.classes = classes.tolist()
+        self.labels = torch.from_numpy(labels.astype(np.int64))
 
-    def find_csv(self):
-        """{file stem: class} of the LOC_val_solution.csv in a folder above the images, or None."""
+    def classes_of_kaggle(self):
+        """The class of each image by LOC_val_solution.csv, or None where there is none."""
         for folder in (Path(self.root), *Path(self.root).parents):
-            file = folder / "LOC_val_solution.csv"
+            table = folder / "LOC_val_solution.csv"
             try:
-                text = open_zip(self.archive).read(file.as_posix()).decode() if self.archive else file.read_text()
+                text = self.read(table.as_posix()).decode()
             except (KeyError, OSError):
                 continue
-            return {stem: boxes.split()[0] for stem, boxes in (line.split(",") for line in text.splitlines()[1:])}
+            try:
+                rows = list(csv.reader(text.splitlines()))[1:]
+                classes = {stem: boxes.split()[0] for stem, boxes in rows}
+                return [classes[Path(name).stem] for name in self.names]
+            except (ValueError, IndexError, KeyError) as error:
+                raise InputError(
+                    f"{table} is not Kaggle's table of the images here: a row for each image, its "
+                    f"name, a comma, and first its class ({type(error).__name__}: {error})"
+                ) from None
+        return None
+
+    def read(self, name):
+        """The bytes of a file, by its path in the zip or on disk."""
+        return self.zip.read(name) if self.archive else Path(name).read_bytes()
 
     def __len__(self):
         return len(self.names)
 
-    def digest(self):
-        """A short hash of the images' names."""
-        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()[:16]
-
     def open(self, index):
-        """PIL image in RGB, whatever the file's mode or extension. Raises InputError with the file's name."""
-        name = self.names[index]
+        """A PIL image in RGB, whatever the file's mode or extension. Raises InputError."""
+        name = self.root + self.names[index]
         try:
-            file = open_zip(self.archive).open(self.root + name) if self.archive else open(os.path.join(self.root, name), "rb")
-            with file, Image.open(file) as image:
-                if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip instead of scaling
+            with Image.open(io.BytesIO(self.read(name))) as image:
+                if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
                     image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert("RGB")
-        except InputError:
-            raise
         except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
-            raise InputError(f"{name} in {self.archive or self.root} cannot be read as an image: {error}") from None
+            place = f"{name} in {self.archive}" if self.archive else name
+            raise InputError(f"{place} cannot be read as an image: {error}") from None
 
-    def views(self, image, visit):
-        """The views (size, size, 3) of one image; mirrored copies stand after the crops."""
-        rng = random.Random(f"{self.seed} {visit}")
-        if self.crops == "none":
-            views = [np.asarray(image)]
-        elif self.crops == "random":
-            views = [random_crop(image, self.size, rng)]
-        else:
-            views = five_crops(image, self.size) if self.crops == "ten" else [center_crop(image, self.size)]
-        if self.train:
-            return [v[:, ::-1] for v in views] if self.flip and rng.random() < 0.5 else views
-        return views + [v[:, ::-1] for v in views] if self.flip or self.crops == "ten" else views
+    def digest(self, contents=False):
+        """A short hash of the names; with `contents` also of what changes when an image is replaced
+        under its name: checksums in a zip, sizes and times in a folder."""
+        sha = hashlib.sha256("\n".join(self.names).encode())
+        if contents and self.archive:
+            for name in self.names:
+                sha.update(b"%d " % self.zip.getinfo(self.root + name).CRC)
+        elif contents:
+            for name in self.names:
+                stat = os.stat(self.root + name)
+                sha.update(b"%d %d " % (stat.st_size, stat.st_mtime_ns))
+        return sha.hexdigest()[:16]
 
-    def __getitem__(self, key):
-        visit, index = key
-        image, problem = None, ""
-        try:
-            image = self.open(index)
-        except InputError as error:  # the next image of its class that can be read takes its place
-            problem, same = str(error), np.flatnonzero(self.labels == self.labels[index])
-            for i in np.roll(same, -np.searchsorted(same, index))[1:10]:
-                with contextlib.suppress(InputError):
-                    image = image or self.open(i)
-            if image is None:
-                raise
-        if self.crops == "none" and image.size != (self.size, self.size):
-            raise InputError(f"{self.names[index]} is {image.width} x {image.height}; without a crop every image must be "
-                             f"{self.size} x {self.size}")
-        views = np.ascontiguousarray(np.stack(self.views(image, visit)).transpose(0, 3, 1, 2))  # (views, 3, size, size)
-        return torch.from_numpy(views), index, problem
 
-    def batches(self, keys, num_workers):
-        """Yields uint8 (B, views, 3, size, size) and indices (B,) for lists of keys. Unreadable images are named and counted;
-        more than 0.1% of them raise InputError."""
-        for views, index, problems in torch.utils.data.DataLoader(
-                self, batch_sampler=keys, num_workers=num_workers, worker_init_fn=ignore_signals,
-                pin_memory=torch.cuda.is_available()):
-            for i, problem in zip(index.tolist(), problems):
-                if problem and i not in self.unreadable:
-                    self.unreadable.add(i)
-                    if len(self.unreadable) > len(self) / 1000:
-                        raise InputError(f"{problem} ({len(self.unreadable)} such of {len(self)}, more than 0.1%)")
-                    print(f"skipped: {problem}", file=sys.stderr, flush=True)
-            yield views, index
+def list_files(folder):
+    """Paths of all files below a folder, relative to it, with forward slashes."""
+
+    def fail(error):
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}")
+
+    names = []
+    for parent, _, files in os.walk(folder, onerror=fail, followlinks=True):
+        for file in files:
+            path = os.path.relpath(os.path.join(parent, file), folder)
+            names.append(path.replace(os.sep, "/"))
+    return names
+
+
+def is_image(name):
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("__MACOSX")
+
+
+def default_val(data):
+    """The path `val` beside training images at a path `train`, or None if nothing is there."""
+    val = Path(data).with_name("val")
+    if Path(data).name != "train":
+        return None
+    archive, inside = split_zip(val)
+    if archive is None:
+        return str(val) if val.is_dir() else None
+    with zipfile.ZipFile(archive) as file:
+        return str(val) if any(name.startswith(inside) for name in file.namelist()) else None
+
+
+# Crops, as in ADM (guided-diffusion), whose statistics are the reference of every ImageNet gFID
+
+
+def shrink(image, shorter):
+    """Shorter side to `shorter`: halved by a box filter while it is at least twice that, then
+    bicubic."""
+    while min(image.size) >= 2 * shorter:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = shorter / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def cut(image, size, top, left):
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+def center_crop(image, size):
+    """PIL image -> uint8 (size, size, 3): shorter side to `size`, then the middle square."""
+    image = shrink(image, size)
+    return cut(image, size, top=(image.height - size) // 2, left=(image.width - size) // 2)
+
+
+def random_crop(image, size, rng):
+    """Shorter side to a random length from size to size / 0.8, then a random square."""
+    image = shrink(image, rng.randint(size, math.ceil(size / 0.8)))
+    top = rng.randint(0, image.height - size)
+    left = rng.randint(0, image.width - size)
+    return cut(image, size, top, left)
+
+
+def five_crops(image, size):
+    """The corners and the middle of the centre crop of side 1.1 * size (281 for 256): the corners
+    of the whole picture would be of another distribution than the reference's centre crops."""
+    square = center_crop(image, int(1.1 * size))
+    end = len(square) - size
+    places = [(0, 0), (0, end), (end, 0), (end, end), (round(end / 2), round(end / 2))]
+    return [cut(square, size, top, left) for top, left in places]
+
+
+def no_crop(image, size, name):
+    """The image as it is. Raises InputError unless it is size x size."""
+    if image.size != (size, size):
+        raise InputError(
+            f"{name} is {image.width} x {image.height}; without a crop every image must be "
+            f"{size} x {size}"
+        )
+    return np.asarray(image)
+
+
+# Batches
+
+
+def load_batches(load, batches, num_workers):
+    """Yields for each list of keys in `batches` the tensor stack([load(key) for key in list]).
+
+    Threads load the next two batches while one is in use. Threads suffice, because PIL reads,
+    decodes and resizes outside Python's lock; there are no processes to end or to share files with.
+    """
+
+    def stack(arrays):
+        return torch.from_numpy(np.stack(arrays))
+
+    if num_workers == 0:
+        for keys in batches:
+            yield stack([load(key) for key in keys])
+        return
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        waiting = collections.deque()
+        for keys in batches:
+            waiting.append([pool.submit(load, key) for key in keys])
+            if len(waiting) > 2:
+                yield stack([future.result() for future in waiting.popleft()])
+        while waiting:
+            yield stack([future.result() for future in waiting.popleft()])
+    finally:  # also when one of them has failed, or nobody wants the rest
+        pool.shutdown(cancel_futures=True)
+
+
+# Files
+
+
+def save_grid(path, rows):
+    """Rows of uint8 images (n, H, W, 3) as one PNG, two white pixels between neighbours; images
+    under 56 pixels are enlarged."""
+    height, width = rows[0].shape[1:3]
+    scale = max(1, 56 // height)
+    height = scale * height + 2
+    width = scale * width + 2
+    columns = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * height + 2, columns * width + 2, 3), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(np.asarray(row)):
+            large = image.repeat(scale, 0).repeat(scale, 1)
+            top = i * height + 2
+            left = j * width + 2
+            sheet[top : top + height - 2, left : left + width - 2] = large
+    with writing(path) as temporary:
+        Image.fromarray(sheet).save(temporary, "png")
+
+
+def parts_folder(target, settings):
+    """The hidden folder beside the file `target` for its parts. The name holds a hash of all that
+    the parts depend on, so that a run never goes on with those of another."""
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return target.with_name(f".{target.name}.{key}.parts")
+
+
+def part_file(folder, part):
+    return folder / f"{part:06}.npy"
+
+
+def join_parts(target, name, folder, count, **others):
+    """Writes the arrays of `count` part files, one behind the other, as `name` into the .npz
+    `target`, and `others` beside it; then removes the parts. Holds one part in memory at a time.
+    """
+    parts = [part_file(folder, part) for part in range(count)]
+    first = np.load(parts[0], mmap_mode="r")
+    rows = (count - 1) * len(first) + len(np.load(parts[-1], mmap_mode="r"))
+    header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
+              "shape": (rows, *first.shape[1:])}
+    with writing(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            np.lib.format.write_array_header_2_0(file, header)
+            for part in parts:
+                file.write(np.load(part).tobytes())
+        for key, value in others.items():
+            with archive.open(f"{key}.npy", "w") as file:
+                np.lib.format.write_array(file, np.asanyarray(value), allow_pickle=False)
+    del first  # Windows removes no file that is still mapped
+    for old in target.parent.glob(f".{target.name}.*.parts"):  # also of runs that never ended
+        shutil.rmtree(old)
+
+
+# The script
+
+
+def views(images, index, size, crops, flip):
+    """All that is tokenized of one image: uint8 (views, 3, size, size), mirrored copies last."""
+    image = images.open(index)
+    if crops == "ten":
+        result = five_crops(image, size)
+    elif crops == "center":
+        result = [center_crop(image, size)]
+    else:
+        result = [no_crop(image, size, images.names[index])]
+    if flip or crops == "ten":
+        result = result + [view[:, ::-1] for view in result]
+    return np.stack(result).transpose(0, 3, 1, 2)
 
 
 @torch.no_grad()
-def tokenize(tokenizer, images, machine, args, target, fields):
-    """Codes of every view of every image, uint16 (images, views, K+N), into the .npz `target`; returns them on rank 0."""
-    shape = (len(images), len(images[0, 0][0]), tokenizer.cfg.num_prologue + tokenizer.cfg.num_visual)
-    rows = SharedRows(target, shape, np.uint16, machine, key=(fields["config"], images.digest()))
-    todo, step = rows.missing(), max(1, args.batch_size // machine.world // shape[1])
-    keys = [[(i, i) for i in todo[j:j + step].tolist()] for j in range(0, len(todo), step)]
-    for batch, index in tqdm(images.batches(keys, args.num_workers), desc=str(target), unit="batch", total=len(keys),
-                             disable=machine.rank > 0):
-        with machine.autocast():
-            part = tokenizer.encode(to_float(batch.flatten(0, 1).to(machine.device)))  # (images*views, K+N)
-        rows.write(index.numpy(), part.view(len(batch), *shape[1:]).cpu().numpy())
-    rows.pack("codes", **fields)
-    return rows.array
+def tokenize(tokenizer, images, target, args, crops, flip, device, autocast, rank, world_size):
+    """Writes codes (images, views, K+N) uint16, labels and config of all images to `target`."""
+    cfg = tokenizer.cfg
+    config = dict(
+        tokenizer=asdict(cfg),
+        fingerprint=tokenizer.fingerprint(),
+        classes=images.classes,
+        names=images.digest(contents=True),
+        crops=crops,
+        flip=flip,
+        dtype=args.dtype,
+    )
+    load = functools.partial(views, images, size=cfg.image_size, crops=crops, flip=flip)
+    num_views = len(load(0))
+
+    # In parts: each rank writes whole files of its own and skips what an earlier run has written
+    folder = parts_folder(target, config)
+    parts = list(torch.arange(len(images)).split(PART_SIZE))
+    of_rank = range(rank, len(parts), world_size)
+    missing = [i for i in of_rank if not part_file(folder, i).exists()]
+    images_per_batch = max(1, args.batch_size // world_size // num_views)
+    batches = [batch.tolist() for i in missing for batch in parts[i].split(images_per_batch)]
+    loader = load_batches(load, batches, args.num_workers)
+    total = sum(len(parts[i]) for i in missing)
+    progress = tqdm(total=total, desc=str(target), unit="image", disable=rank > 0)
+    for i in missing:
+        codes = []
+        for _ in parts[i].split(images_per_batch):
+            x = next(loader).to(device)  # (B, views, 3, H, W)
+            with autocast:
+                batch_codes = tokenizer.encode(to_float(x.flatten(0, 1)))  # (B*views, K+N)
+            codes.append(batch_codes.unflatten(0, (-1, num_views)).cpu())  # (B, views, K+N)
+            progress.update(len(x))
+        with writing(part_file(folder, i)) as temporary, open(temporary, "wb") as file:
+            np.save(file, torch.cat(codes).numpy().astype(np.uint16))
+    progress.close()
+    if world_size > 1:
+        dist.barrier()
+
+    # One file of all parts
+    if rank == 0:
+        join_parts(target, "codes", folder, len(parts), labels=images.labels.numpy(),
+                   config=json.dumps(config))
+        length = cfg.num_prologue + cfg.num_visual
+        print(f"{target}: {len(images)} images x {num_views} crops x {length} codes", flush=True)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Turn images into tokens.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--data", default=str(EMBEDDED / "train"), help="training images: a folder, or a path into a zip, of class folders")
-    flag("--val_data", help="held-out images; by default the folder val beside a --data named train, if there is one")
-    flag("--tokenizer", help="tokenizer file or released directory; by default tokenizer.safetensors in --out")
+    flag("--data", default=str(EMBEDDED / "train"),
+         help="training images: a folder, zip, or path into a zip, with a folder for each class")
+    flag("--val_data",
+         help="held-out images; by default the folder val beside a --data named train, if any")
+    flag("--tokenizer", help="tokenizer file; by default tokenizer.safetensors in --out")
     flag("--crops", default="center", choices=["none", "center", "ten"],
-         help="none: images already have the size; center: the middle square; ten: 4 corners and centre, each mirrored")
-    flag("--flip", action="store_true", help="add a mirrored copy of each crop (always so with ten)")
-    common_flags(parser, batch_size=256)
+         help="none: the images have the size already; center: the middle square; ten: corners and "
+         "middle of a 1.1 times larger square, each also mirrored")
+    flag("--flip", action="store_true", help="add a mirrored copy of each crop (ten has them)")
+    flag("--out", default="out", help="folder for everything that is written and looked for")
+    flag("--batch_size", type=whole(1), default=256, help="crops at a time, over all ranks")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+         help="auto is what torch finds")
+    flag("--dtype", default="fp32", choices=["fp32", "bf16"],
+         help="of the networks; the code search is in fp32 always")
+    flag("--compile", action="store_true", help="torch.compile the encoder")
+    flag("--num_workers", type=whole(0), default=min(8, os.cpu_count()),
+         help="threads that decode images, per rank")
     return parser.parse_args()
 
 
-def default_val(data):
-    """The folder `val` beside a training folder `train`, or None."""
-    beside = Path(data).parent / "val"
-    archive, inside = split_zip(beside)
-    exists = any(n.startswith(inside) for n in open_zip(archive).namelist()) if archive else beside.is_dir()
-    return str(beside) if Path(data).name == "train" and exists else None
-
-
+@torch.no_grad()
 def main():
     args = parse_args()
-    machine = Machine(args)
-    path = args.tokenizer or Path(args.out) / "tokenizer.safetensors"
-    tokenizer = Tokenizer.load(path).to(machine.device)
-    if max(tokenizer.cfg.codebook_size, tokenizer.cfg.prologue_codebook_size) > 2**16:
-        raise InputError(f"{path} has a codebook of more than {2**16} codes, the most that a token file can hold")
+    out = Path(args.out)
+
+    # Device and ranks: torchrun sets these variables, without it one process does everything
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    available = "cpu"
+    if torch.accelerator.is_available():
+        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
+    if args.device not in ("auto", "cpu", available):
+        raise InputError(f"--device {args.device}: torch finds only {available} here")
+    device = torch.device(available if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
+    if rank == 0:
+        backend = attention_backend(device, dtype)
+        print(f"{world_size} x {device.type}, {args.dtype}, attention by {backend}", flush=True)
+
+    # Tokenizer
+    tokenizer_path = Path(args.tokenizer or out / "tokenizer.safetensors")
+    tokenizer = Tokenizer.load(tokenizer_path).to(device)
+    cfg = tokenizer.cfg
+    if max(cfg.codebook_size, cfg.prologue_codebook_size) > 2**16:
+        raise InputError(f"{tokenizer_path} has a codebook of more than {2**16} codes, the most "
+                         "that a token file can hold")
+    if args.compile:
+        for module in tokenizer.modules():
+            if isinstance(module, Block):
+                module.compile(dynamic=False)
+
+    # Training images
+    where = dict(device=device, autocast=autocast, rank=rank, world_size=world_size)
+    images = Images(args.data)
+    tokenize(tokenizer, images, out / "codes.npz", args, crops=args.crops, flip=args.flip, **where)
+
+    # Held-out images, with one crop each
     val_data = args.val_data or default_val(args.data)
-    jobs = [(args.data, "codes.npz", args.crops, args.flip)]
-    jobs += [(val_data, "codes_val.npz", "none" if args.crops == "none" else "center", False)] if val_data else []
-    if machine.compile:
-        for part in {tokenizer.encoder, getattr(tokenizer, "post_encoder", tokenizer.encoder)}:
-            part.transformer.compile()
-    classes = None
-    for data, name, crops, flip in jobs:
-        images = Images(data, tokenizer.cfg.image_size, crops, flip)
-        if classes not in (None, images.classes):
-            machine.print(f"{data} has other classes than {args.data}: no held-out tokens are made of it")
-            continue
-        classes = images.classes
-        config = {"tokenizer": asdict(tokenizer.cfg), "fingerprint": tokenizer.fingerprint(), "classes": classes,
-                  "data": str(data), "crops": crops, "flip": flip}
-        codes = tokenize(tokenizer, images, machine, args, Path(args.out) / name,
-                         dict(labels=images.labels, config=json.dumps(config)))
-        if machine.rank == 0:
-            used = [len(np.unique(part)) for part in np.split(codes[:, 0], [tokenizer.cfg.num_prologue], axis=1)]
-            print(f"{Path(args.out) / name}: {' x '.join(map(str, codes.shape))} images x crops x codes; the first crops use "
-                  f"{used[0]} prologue codes, {used[1]} visual codes")
+    if val_data:
+        val_images = Images(val_data)
+        val_crops = "none" if args.crops == "none" else "center"
+        if val_images.classes == images.classes:
+            tokenize(tokenizer, val_images, out / "codes_val.npz", args, crops=val_crops,
+                     flip=False, **where)
+        elif rank == 0:
+            print(f"{val_data} has other classes than {args.data}: no held-out tokens are made")
+
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

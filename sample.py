@@ -1,272 +1,355 @@
-"""Draw images: a class grid, a fixed-prologue grid, reconstructions, and an .npz of many samples for fid.py.
+"""Draw images: a class grid, a fixed-prologue grid, reconstructions, and many samples for fid.py.
 
-    python sample.py                                        # the pair in out/, or checkpoints/fashion_mnist before there is one
-    python sample.py --classes bag sneaker --cfg_visual 3   # a grid of chosen classes, by name or number
-    torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --preset prologue-l-xl \
-        --tokenizer ckpts/prologue-l-tokenizer --ar ckpts/ar-prologue-l-xl
+    python sample.py                                        # the pair in out/, else the shipped one
+    python sample.py --classes bag sneaker --cfg_visual 3    # chosen classes, by name or number
+    python tools/released.py prologue-l-xl --out l_xl && python sample.py --out l_xl
+    torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --out l_xl
 
-Label and noise of an image are functions of its index and the seed, so batch size and ranks change nothing. In --out it
-leaves samples.png, fixed_prologue.png, reconstructions.png, samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels) and
-samples.json, the settings they were drawn with. With --sweep it leaves only sweep.json: gFID for every combination.
+Class and noise of an image depend on its number and the seed alone, so ranks and batch size change
+nothing, and a run that was stopped goes on where it was. In --out it leaves samples.png (a row for
+each class), fixed_prologue.png (each row one prologue, its visual tokens drawn anew; the last row
+has prologues of its own), reconstructions.png, samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels)
+and samples.json, which says how they were drawn.
 """
+
 import argparse
+import functools
 import hashlib
-import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-import fid
 from ar import AR, SCHEDULES, check_pair
-from common import (InputError, Machine, SharedRows, common_flags, exact_fp32, positive, run, save_grid, to_float, to_uint8,
-                    writing)
-from pretokenize import EMBEDDED, Images
-from tokenizer import Tokenizer
+from pretokenize import (EMBEDDED, PART_SIZE, Images, center_crop, join_parts, part_file,
+                         parts_folder, save_grid)
+from tokenizer import (InputError, Tokenizer, attention_backend, real, to_float, to_uint8, whole,
+                       writing)
 
-# Paper table A5. name: (prologue scale, visual scale, power of the cosine) and, without CFG, (prologue, visual) temperature.
+# Paper table A5: guidance of both token groups and the power of its cosine, and the temperatures
+# of both without guidance (with it they are 1). Without a prologue only the visual ones count.
 PRESETS = {
-    "1d": ((1.0, 19.0, 1.75), (1.0, 0.85)),
-    "2d": ((1.0, 10.0, 1.5), (1.0, 0.85)),
-    "2d-l-b": ((1.0, 5.0, 1.75), (1.0, 0.9)),
-    "prologue-b-b": ((0.7, 3.75, 0.2), (0.7, 0.9)),
-    "prologue-b-l": ((0.8, 3.0, 0.225), (0.7, 0.9)),
-    "prologue-b-xl": ((0.8, 2.75, 0.25), (0.8, 0.9)),
-    "prologue-l-b": ((0.65, 2.75, 0.25), (0.8, 0.95)),
-    "prologue-l-l": ((0.7, 2.5, 0.25), (0.95, 0.9)),
-    "prologue-l-xl": ((0.7, 2.25, 0.225), (1.0, 0.9)),
-    "prologue-post": ((0.6, 3.75, 0.25), (0.8, 0.8)),
-    "prologue-onestage": ((0.8, 3.75, 0.25), (0.8, 0.8)),
-    "prologue-l-b-vgg": ((0.7, 3.75, 0.25), (0.8, 0.85)),
-    "prologue-l-b-16k": ((0.65, 3.25, 0.25), (0.8, 0.95)),
+    "tiny": dict(cfg_prologue=1.0, cfg_visual=2.0, cfg_power=0.25, no_cfg=(1.0, 1.0)),
+    "1d": dict(cfg_prologue=1.0, cfg_visual=19.0, cfg_power=1.75, no_cfg=(1.0, 0.85)),
+    "2d": dict(cfg_prologue=1.0, cfg_visual=10.0, cfg_power=1.5, no_cfg=(1.0, 0.85)),
+    "2d-l-b": dict(cfg_prologue=1.0, cfg_visual=5.0, cfg_power=1.75, no_cfg=(1.0, 0.9)),
+    "prologue-b-b": dict(cfg_prologue=0.7, cfg_visual=3.75, cfg_power=0.2, no_cfg=(0.7, 0.9)),
+    "prologue-post": dict(cfg_prologue=0.6, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.8)),
+    "prologue-onestage": dict(cfg_prologue=0.8, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.8)),
+    "prologue-b-l": dict(cfg_prologue=0.8, cfg_visual=3.0, cfg_power=0.225, no_cfg=(0.7, 0.9)),
+    "prologue-b-xl": dict(cfg_prologue=0.8, cfg_visual=2.75, cfg_power=0.25, no_cfg=(0.8, 0.9)),
+    "prologue-l-b": dict(cfg_prologue=0.65, cfg_visual=2.75, cfg_power=0.25, no_cfg=(0.8, 0.95)),
+    "prologue-l-l": dict(cfg_prologue=0.7, cfg_visual=2.5, cfg_power=0.25, no_cfg=(0.95, 0.9)),
+    "prologue-l-xl": dict(cfg_prologue=0.7, cfg_visual=2.25, cfg_power=0.225, no_cfg=(1.0, 0.9)),
+    "l-b-vgg": dict(cfg_prologue=0.7, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.85)),
+    "l-b-16k": dict(cfg_prologue=0.65, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.95)),
+    "p256": dict(cfg_prologue=0.7, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.9)),
+    "p4096": dict(cfg_prologue=0.8, cfg_visual=3.5, cfg_power=0.25, no_cfg=(0.8, 0.9)),
+    "k4": dict(cfg_prologue=0.6, cfg_visual=2.5, cfg_power=0.25, no_cfg=(0.8, 0.9)),
+    "k64": dict(cfg_prologue=0.8, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 1.0)),
+    "tau001": dict(cfg_prologue=0.65, cfg_visual=2.5, cfg_power=0.25, no_cfg=(0.8, 0.9)),
+    "tau1": dict(cfg_prologue=0.8, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.85)),
+    "drop0": dict(cfg_prologue=0.65, cfg_visual=3.5, cfg_power=0.25, no_cfg=(0.8, 0.85)),
+    "drop1": dict(cfg_prologue=0.75, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.9)),
+    "ce1": dict(cfg_prologue=0.65, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.85)),
+    "ce6": dict(cfg_prologue=0.75, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.9)),
 }
 
 
-def sampling_defaults(preset, no_cfg):
-    """Defaults of the sampling flags for --preset and --no_cfg; the tiny demo's where there is no preset."""
-    (*scales, power), temperatures = PRESETS[preset] if preset else ((1.0, 2.0, 0.25), (1.0, 1.0))
-    scales, temperatures = ((1.0, 1.0), temperatures) if no_cfg else (scales, (1.0, 1.0))
-    names = "cfg_prologue", "cfg_visual", "cfg_power", "temperature_prologue", "temperature"
-    return dict(zip(names, (*scales, power, *temperatures)))
+def preset_settings(name, no_cfg=False):
+    """A row of PRESETS as keyword arguments of AR.generate. Raises InputError."""
+    if name not in PRESETS:
+        raise InputError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+    row = dict(PRESETS[name])
+    temperature_prologue, temperature = row.pop("no_cfg")
+    if not no_cfg:
+        return row | dict(temperature_prologue=1.0, temperature=1.0)
+    row["cfg_prologue"] = 1.0
+    row["cfg_visual"] = 1.0
+    return row | dict(temperature_prologue=temperature_prologue, temperature=temperature)
 
 
 def load_pair(args, device):
-    """Tokenizer, AR model and their paths: --tokenizer and --ar, else those in --out, else the pair that comes with the code."""
+    """Tokenizer, AR model and their paths: --tokenizer and --ar, else those in --out, else the
+    pair that comes with the code. Raises InputError."""
     folder = Path(args.out)
-    if not (args.tokenizer or args.ar or any((folder / name).exists() for name in ("tokenizer.safetensors", "ar.safetensors"))):
+    names = ("tokenizer.safetensors", "ar.safetensors")
+    given = args.tokenizer or args.ar
+    if not given and not any((folder / name).exists() for name in names):
         folder = Path(__file__).parent / "checkpoints" / "fashion_mnist"
-    paths = args.tokenizer or folder / "tokenizer.safetensors", args.ar or folder / "ar.safetensors"
-    tokenizer = Tokenizer.load(paths[0]).to(device)
-    ar = AR.load(paths[1], tokenizer).to(device)
-    check_pair(tokenizer, ar, names=paths)
-    return tokenizer, ar, paths
+    tokenizer_path = Path(args.tokenizer or folder / names[0])
+    ar_path = Path(args.ar or folder / names[1])
+    tokenizer = Tokenizer.load(tokenizer_path).to(device)
+    ar = AR.load(ar_path).to(device)
+    check_pair(tokenizer, ar, names=(tokenizer_path, ar_path))
+    if ar.cfg.num_classes == 0:
+        raise InputError(
+            f"{ar_path} is the joint AR model of stage 1, which knows no classes; an "
+            "ar.safetensors is needed"
+        )
+    return tokenizer, ar, (tokenizer_path, ar_path)
 
 
-def noise_for(seed, indices, count):
-    """Uniform noise (len(indices), count); row i depends on (seed, indices[i]) alone."""
-    return torch.from_numpy(np.stack([np.random.default_rng((seed, int(i))).random(count, dtype=np.float32) for i in indices]))
+def noise_of(seed, numbers, length):
+    """Uniform noise (len(numbers), length) in [0, 1): a row depends on (seed, its number) alone."""
+    rows = [np.random.default_rng((seed, int(i))).random(length, np.float32) for i in numbers]
+    return torch.from_numpy(np.stack(rows))
 
 
-class Sampler:
-    """Draws codes and pixels; `settings` are the keyword arguments of AR.generate, batch_size that of all ranks together."""
+def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None):
+    """Codes (n, K+N) of images with labels (n,) and numbers (n,), `batch_size` at a time; settings
+    are keyword arguments of AR.generate, prologue (n, K) is kept where given."""
+    device = ar.head.weight.device
+    length = ar.cfg.num_prologue + ar.cfg.num_visual
+    numbers = torch.as_tensor(numbers)
+    codes = []
+    for batch in torch.arange(len(labels)).split(batch_size):
+        wanted = len(batch)
+        if ar.compiled_step:  # it is made for one batch size: the last image fills a short batch up
+            batch = torch.cat([batch, batch[-1:].expand(batch_size - wanted)])
+        drawn = ar.generate(labels[batch].to(device), noise=noise_of(seed, numbers[batch], length),
+                            prologue=None if prologue is None else prologue[batch], **settings)
+        codes.append(drawn[:wanted])
+    return torch.cat(codes)
 
-    def __init__(self, ar, tokenizer, machine, seed, batch_size, settings):
-        self.ar, self.tokenizer, self.machine, self.seed, self.settings = ar, tokenizer, machine, seed, settings
-        self.count, self.batch_size = ar.cfg.num_prologue + ar.cfg.num_visual, max(1, batch_size // machine.world)
 
-    def codes(self, labels, indices, prologue=None):
-        """labels (n,), image indices (n,), prologue (n, K) or None -> codes (n, K+N), --batch_size at a time"""
-        parts, indices = [], torch.as_tensor(indices)
-        for i in range(0, len(labels), self.batch_size):
-            # A compiled step knows one batch size, so a short batch is filled up with its last image.
-            end = i + self.batch_size if self.ar.compiled_step else min(i + self.batch_size, len(labels))
-            part = torch.arange(i, end).clamp(max=len(labels) - 1)
-            with self.machine.autocast():
-                parts.append(self.ar.generate(
-                    labels[part].to(self.machine.device), prologue=None if prologue is None else prologue[part],
-                    noise=noise_for(self.seed, indices[part], self.count), **self.settings))
-        return torch.cat(parts)[:len(labels)]
+def decode(tokenizer, codes, batch_size):
+    """Codes (n, K+N) -> images uint8 (n, H, W, 3)."""
+    return torch.cat([to_uint8(tokenizer.decode(batch)) for batch in codes.split(batch_size)])
 
-    def pixels(self, codes):
-        """codes (n, K+N) -> uint8 (n, H, W, 3)"""
-        with self.machine.autocast():
-            return torch.cat([to_uint8(self.tokenizer.decode(part)) for part in codes.split(self.batch_size)])
+
+def pack_for_cpu(ar):
+    """Lets an AR model that only samples, in fp32 on an x86 CPU, read its weights in oneDNN's own
+    order, which it does much faster for the few rows of a step."""
+    for layer in ar.transformer.modules():
+        if isinstance(layer, torch.nn.Linear):
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
+            layer.forward = functools.partial(packed_linear, weight=weight)
+
+
+def packed_linear(x, weight):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
 def class_numbers(chosen, ar):
-    """Class names or numbers of --classes -> numbers; by default up to 10 spread over all. Raises InputError."""
-    count, names = ar.cfg.num_classes, ar.cfg.classes
+    """Class names or numbers, as given on the command line, -> numbers; up to ten spread over all
+    classes if none are given. Raises InputError."""
+    count = ar.cfg.num_classes
+    names = ar.cfg.classes
     if not chosen:
-        return [i * count // min(10, count) for i in range(min(10, count))]
-    numbers = [names.index(c) if c in names else int(c) if c.isdigit() else -1 for c in chosen]
-    for text, number in zip(chosen, numbers):
-        if not 0 <= number < count:
-            raise InputError(f"--classes {text}: a number from 0 to {count - 1} is needed"
-                             + (f" or one of {', '.join(names[:20])}" if names else ""))
+        rows = min(10, count)
+        return [i * count // rows for i in range(rows)]
+    numbers = []
+    for text in chosen:
+        if text in names:
+            numbers.append(names.index(text))
+        elif text.isdigit() and int(text) < count:
+            numbers.append(int(text))
+        else:
+            known = f" or one of {', '.join(names[:20])}" if names else ""
+            raise InputError(f"--classes {text}: a number from 0 to {count - 1} is needed{known}")
     return numbers
 
 
-def fixed_prologue_grid(sampler, classes, columns):
-    """Each row one prologue of one class, its visual tokens drawn anew; the last row different prologues of the last class."""
-    first = sampler.codes(torch.tensor(classes), range(len(classes)))[:, :sampler.ar.cfg.num_prologue]
-    labels = torch.tensor(classes).repeat_interleave(columns)
-    rows = sampler.codes(labels, range(1000, 1000 + len(labels)), first.repeat_interleave(columns, 0))
-    other = sampler.codes(torch.tensor([classes[-1]] * columns), range(2000, 2000 + columns))
-    return list(sampler.pixels(torch.cat([rows, other])).split(columns))
+def save_grids(tokenizer, ar, args, settings, batch_size):
+    """samples.png, and where it applies fixed_prologue.png and reconstructions.png."""
+    out = Path(args.out)
+    k = ar.cfg.num_prologue
+    size = tokenizer.cfg.image_size
+    columns = args.columns
+    classes = class_numbers(args.classes, ar)
+    labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
+    drawing = dict(seed=args.seed, batch_size=batch_size, settings=settings)
+
+    # A row for each class
+    codes = draw(ar, labels, range(len(labels)), **drawing)
+    save_grid(out / "samples.png", decode(tokenizer, codes, batch_size).split(columns))
+    names = [f"{i} {ar.cfg.classes[i]}" if ar.cfg.classes else str(i) for i in classes]
+    print(f"{out / 'samples.png'}: a row each of {', '.join(names)}")
+
+    # The first prologue of each class kept through a row, other noise behind it; then a row of
+    # other prologues of the last class
+    if k > 0:
+        prologues = codes[::columns, :k].repeat_interleave(columns, 0)  # (rows * columns, K)
+        numbers = range(1000, 1000 + len(labels))
+        rows = draw(ar, labels, numbers, prologue=prologues, **drawing)
+        other = draw(ar, labels[-columns:], range(2000, 2000 + columns), **drawing)
+        images = decode(tokenizer, torch.cat([rows, other]), batch_size)
+        save_grid(out / "fixed_prologue.png", images.split(columns))
+        print(f"{out / 'fixed_prologue.png'}: each row one prologue, then a row of others")
+
+    # Images of --data above their reconstructions
+    data = args.data
+    if data is None and size == 28:
+        data = EMBEDDED / "val"
+    if data is not None:
+        images = Images(data)
+        indices = [i * len(images) // (4 * columns) for i in range(4 * columns)]
+        crops = np.stack([center_crop(images.open(i), size) for i in indices])
+        x = to_float(torch.from_numpy(crops).permute(0, 3, 1, 2)).to(ar.head.weight.device)
+        y = decode(tokenizer, tokenizer.encode(x), batch_size)
+        rows = []
+        for originals, decoded in zip(to_uint8(x).split(columns), y.split(columns)):
+            rows += [originals, decoded]
+        save_grid(out / "reconstructions.png", rows)
+        print(f"{out / 'reconstructions.png'}: originals above their reconstructions", flush=True)
 
 
-def reconstruction_grid(sampler, data, columns):
-    """Originals above their reconstructions, spread over the data."""
-    images = Images(data, sampler.tokenizer.cfg.image_size)
-    index = [i * len(images) // (4 * columns) for i in range(4 * columns)]
-    x = to_float(torch.stack([images[i, i][0][0] for i in index])).to(sampler.machine.device)
-    with sampler.machine.autocast():
-        decoded = sampler.pixels(sampler.tokenizer.encode(x))
-    return [row for pair in zip(to_uint8(x).split(columns), decoded.split(columns)) for row in pair]
-
-
-def draw_many(sampler, num, machine, path):
-    """Writes the .npz of `num` images, each class equally often: arr_0 uint8 (num, H, W, 3), arr_1 labels."""
-    size, labels = sampler.tokenizer.cfg.image_size, torch.arange(num) % sampler.ar.cfg.num_classes
-    weights = hashlib.sha256(sampler.ar.head.weight.detach().cpu().float().numpy()).hexdigest()
-    key = sampler.settings, sampler.seed, sampler.tokenizer.fingerprint(), weights
-    rows = SharedRows(path, (num, size, size, 3), np.uint8, machine, key)
-    missing = torch.from_numpy(rows.missing())
-    for i in tqdm(range(0, len(missing), sampler.batch_size), desc="samples", unit="batch", disable=machine.rank > 0):
-        part = missing[i:i + sampler.batch_size]
-        rows.write(part.numpy(), sampler.pixels(sampler.codes(labels[part], part)).numpy())
-    rows.pack("arr_0", arr_1=labels.numpy())
-
-
-class Drawn:
-    """Images 0 .. num - 1 of a sampler as a source for fid.extract, each drawn when it is read."""
-
-    def __init__(self, sampler, num):
-        self.sampler, self.num = sampler, num
-
-    def __len__(self):
-        return self.num
-
-    def __getitem__(self, part):
-        index = torch.arange(self.num)[part]
-        return self.sampler.pixels(self.sampler.codes(index % self.sampler.ar.cfg.num_classes, index)).numpy()
-
-
-def generation_fid(sampler, num, network, reference):
-    """gFID and Inception Score of `num` images, each class equally often, drawn and measured by all ranks."""
-    network = exact_fp32(sampler.machine.device.type)(network.forward)  # no TF32, no autocast in each call
-    drawn = fid.extract(network, Drawn(sampler, num), sampler.machine.device, sampler.batch_size, "samples", keep=0)
-    return {"gfid": fid.frechet_distance(*drawn["pool"], *reference["pool"]), "inception_score": drawn["inception_score"]}
-
-
-def sweep(sampler, args, out):
-    """A table of every combination of the values in --sweep, best gFID first."""
-    size, lists = sampler.tokenizer.cfg.image_size, {}
-    for text in args.sweep:
-        key, _, values = text.partition("=")
-        try:
-            again, lists[key] = key in lists, [type(sampler.settings[key])(value) for value in values.split(",")]
-            if again or key == "cfg_schedule" and not set(lists[key]) <= set(SCHEDULES):
-                raise ValueError
-        except (KeyError, ValueError):
-            raise InputError(f"--sweep {text}: wanted is a name of {', '.join(sampler.settings)}, each once, '=', and values "
-                             "with commas between them") from None
-    network = fid.feature_network("auto", size, args.inception, sampler.machine.device)[1]
-    with exact_fp32(sampler.machine.device.type):
-        reference = fid.reference_features(args.reference, network, sampler.machine.device, sampler.batch_size, False, size)
-    base, rows = sampler.settings, []
-    for chosen in (dict(zip(lists, values)) for values in itertools.product(*lists.values())):
-        sampler.settings = base | chosen
-        rows.append(chosen | generation_fid(sampler, args.num, network, reference))
-    rows.sort(key=lambda row: row["gfid"])
-    if sampler.machine.rank == 0:
-        with writing(out / "sweep.json") as temporary:
-            temporary.write_text(json.dumps({"settings": base, "num": args.num, "seed": args.seed, "rows": rows}, indent=1))
-        print("\n".join("  ".join(f"{text:>{max(10, len(name))}}" for name, text in zip(rows[0], line)) for line in
-                        [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]))
+def fingerprint(ar):
+    """A short hash of the AR model's weights."""
+    sha = hashlib.sha256()
+    for tensor in ar.state_dict().values():
+        sha.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
 
 
 def parse_args():
-    preset = argparse.ArgumentParser(add_help=False)
-    preset.add_argument("--preset", choices=PRESETS, help="sampling defaults of a row of the paper's table A5")
-    preset.add_argument("--no_cfg", action="store_true", help="sampling defaults without guidance")
-    chosen = preset.parse_known_args()[0]
-    parser = argparse.ArgumentParser(description="Draw images.", parents=[preset],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Draw images.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     flag = parser.add_argument
-    flag("--tokenizer", help="tokenizer file or released directory; by default that in --out, or else the shipped one")
-    flag("--ar", help="AR file or released directory; by default that in --out, or else the shipped one")
-    flag("--data", help="images of the reconstruction grid; by default the embedded ones for a 28 x 28 tokenizer")
-    flag("--export", metavar="DIR", help="only write both models there as single files, also released ones")
-    flag("--num", "--num_samples", type=int, default=1000,
-         help="images in samples.npz, 0 for only the grids; under torchrun, which takes --num for its own, --num_samples")
-    flag("--sweep", nargs="+", metavar="NAME=VALUE,VALUE", help="only measure gFID of --num images for each combination of the "
-         "values, as in: --sweep cfg_visual=1.5,2,3 cfg_power=0.2,0.5 temperature=0.9,1.0")
-    flag("--reference", default=str(EMBEDDED / "train"), help="npz, folder or zip that --sweep compares with")
-    flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for --sweep, instead of downloading them")
-    flag("--classes", nargs="+", metavar="CLASS", help="names or numbers of the grids' classes; by default ten of all")
-    flag("--columns", type=positive, default=10, help="images per row of a grid")
-    flag("--cfg_visual", type=float,
-         help="guidance of the visual tokens: 1 = off, s * cond + (1 - s) * uncond; below 1 it pulls towards unconditional")
-    flag("--cfg_prologue", type=float, help="guidance of the prologue tokens, in the same sense")
-    flag("--cfg_schedule", default="cosine", choices=SCHEDULES, help="how the visual scale grows from 1 along the sequence")
-    flag("--cfg_power", type=float, help="power of the progress in the schedule; smaller grows earlier")
-    flag("--temperature", type=float, help="of the visual tokens")
-    flag("--temperature_prologue", type=float, help="of the prologue tokens")
-    flag("--top_k", type=int, default=0, help="draw among the k likeliest codes only; 0 = off")
-    flag("--top_p", type=float, default=1.0, help="draw among the likeliest codes that hold this share; 1 = off")
-    common_flags(parser, batch_size=100)
-    parser.set_defaults(**sampling_defaults(chosen.preset, chosen.no_cfg))
-    args = parser.parse_args()
-    if args.num < 2 * bool(args.sweep):
-        parser.error("--num must be at least 0, and with --sweep at least 2")
-    return args
+    flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
+    flag("--ar", help="AR file; by default that in --out, or else the shipped one")
+    flag("--out", default="out", help="folder for everything that is written and looked for")
+
+    # What to draw
+    flag("--num", "--num_samples", type=whole(0), default=1000,
+         help="images in samples.npz, 0 for only the grids; torchrun takes --num for its own, so "
+         "under it write --num_samples")
+    flag("--classes", nargs="+", metavar="CLASS",
+         help="names or numbers of the grids' rows; by default ten of all")
+    flag("--columns", type=whole(1), default=10, help="images per row of a grid")
+    flag("--data", help="images of the reconstruction grid; by default the embedded ones for a "
+         "28 x 28 tokenizer, else none")
+    flag("--seed", type=whole(0), default=0, help="of the noise")
+
+    # How to draw; by default as the preset says
+    flag("--preset", choices=PRESETS,
+         help="row of the paper's table A5; by default the AR file's own, or tiny")
+    flag("--no_cfg", action="store_true", help="the preset's settings without guidance")
+    flag("--cfg_visual", type=real(-1000, 1000),
+         help="guidance of the visual tokens: 1 is off, s * cond + (1 - s) * uncond")
+    flag("--cfg_prologue", type=real(-1000, 1000),
+         help="guidance of the prologue tokens; below 1 it pulls towards unconditional")
+    flag("--cfg_schedule", default="cosine", choices=SCHEDULES,
+         help="how the visual guidance grows from 1 along the sequence")
+    flag("--cfg_power", type=real(0), help="of the progress; below 1 it grows early")
+    flag("--temperature", type=real(1e-3), help="of the visual tokens")
+    flag("--temperature_prologue", type=real(1e-3), help="of the prologue tokens")
+    flag("--top_k", type=whole(0), default=0, help="draw among the k likeliest codes; 0 is off")
+    flag("--top_p", type=real(1e-3, 1), default=1.0,
+         help="draw among the likeliest codes that hold this share; 1 is off")
+
+    # Machine
+    flag("--batch_size", type=whole(1), default=100, help="images at a time, over all ranks")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+         help="auto is what torch finds")
+    flag("--dtype", default="fp32", choices=["fp32", "bf16"],
+         help="of the networks; head and guidance are in fp32 always")
+    flag("--compile", action="store_true", help="torch.compile decoder and single-token step")
+    return parser.parse_args()
 
 
+@torch.no_grad()
 def main():
     args = parse_args()
-    machine, out = Machine(args), Path(args.out)
-    tokenizer, ar, paths = load_pair(args, machine.device)
-    machine.print(f"{paths[0]} and {paths[1]}")
-    if ar.cfg.num_classes == 0:
-        raise InputError(f"{paths[1]} is the joint AR of stage 1, which knows no classes; an ar.safetensors is needed")
-    if machine.compile:
-        tokenizer.decoder.transformer.compile()
-    if machine.compile and machine.device.type == "cuda":  # on a CPU the packed weights of `freeze` are faster
+    out = Path(args.out)
+
+    # Device and ranks: torchrun sets these variables, without it one process does everything
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    available = "cpu"
+    if torch.accelerator.is_available():
+        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
+    if args.device not in ("auto", "cpu", available):
+        raise InputError(f"--device {args.device}: torch finds only {available} here")
+    device = torch.device(available if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
+    if args.compile and device.type == "cpu" and not shutil.which("g++"):
+        raise InputError("--compile needs the compiler g++ on a CPU, and there is none here")
+    if world_size > 1:
+        # Losses and gradients travel by nccl between GPUs, what stands on the CPU by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank == 0:
+        backend = attention_backend(device, dtype)
+        print(f"{world_size} x {device.type}, {args.dtype}, attention by {backend}", flush=True)
+
+    # Models
+    tokenizer, ar, paths = load_pair(args, device)
+    if args.dtype == "bf16":
+        ar.transformer.to(dtype)  # cast once, not in every step
+    if args.compile:
+        for block in tokenizer.decoder.transformer.blocks:
+            block.compile(dynamic=False)
         ar.compile_step()
-    if args.export:
-        if machine.rank == 0:
-            tokenizer.save(Path(args.export) / "tokenizer.safetensors")
-            ar.save(Path(args.export) / "ar.safetensors")
-        return
-    ar.freeze(machine.dtype)
-    sampler = Sampler(ar, tokenizer, machine, args.seed, args.batch_size, {key: getattr(args, key) for key in (
-        "cfg_prologue", "cfg_visual", "cfg_schedule", "cfg_power", "temperature", "temperature_prologue", "top_k", "top_p")})
-    if args.sweep:
-        return sweep(sampler, args, out)
-    classes = class_numbers(args.classes, ar)
-    if machine.rank == 0:
-        names = [f"{i} {ar.cfg.classes[i]}" if ar.cfg.classes else str(i) for i in classes]
-        labels = torch.tensor(classes).repeat_interleave(args.columns)
-        save_grid(out / "samples.png", list(sampler.pixels(sampler.codes(labels, range(len(labels)))).split(args.columns)))
-        print(f"{out / 'samples.png'}: a row each of {', '.join(names)}")
-        if ar.cfg.num_prologue:
-            save_grid(out / "fixed_prologue.png", fixed_prologue_grid(sampler, classes, args.columns))
-            print(f"{out / 'fixed_prologue.png'}: each row one prologue, visual tokens drawn anew; last row different prologues")
-        data = args.data or (EMBEDDED / "val" if tokenizer.cfg.image_size == 28 else None)
-        if data:
-            save_grid(out / "reconstructions.png", reconstruction_grid(sampler, data, args.columns))
-            print(f"{out / 'reconstructions.png'}: originals above their reconstructions")
-    if args.num:
-        draw_many(sampler, args.num, machine, out / "samples.npz")
-        if machine.rank == 0:
-            settings = sampler.settings | {"tokenizer": str(paths[0]), "ar": str(paths[1]), "seed": args.seed, "num": args.num}
+    elif device.type == "cpu" and args.dtype == "fp32":
+        pack_for_cpu(ar)
+    batch_size = max(1, args.batch_size // world_size)
+
+    # Settings: those of the preset, where no flag says otherwise
+    preset = args.preset or ar.cfg.preset or "tiny"
+    settings = preset_settings(preset, args.no_cfg)
+    for name in settings:
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
+    settings |= dict(cfg_schedule=args.cfg_schedule, top_k=args.top_k, top_p=args.top_p)
+    if rank == 0:
+        print(f"{paths[0]} and {paths[1]}, preset {preset}", flush=True)
+
+    # Grids
+    with autocast:
+        if rank == 0:
+            save_grids(tokenizer, ar, args, settings, batch_size)
+
+    # Many images, each class equally often, in parts: each rank writes whole files of its own and
+    # skips what an earlier run has written
+    if args.num > 0:
+        labels = torch.arange(args.num) % ar.cfg.num_classes
+        how = dict(num=args.num, seed=args.seed, dtype=args.dtype, tokenizer=str(paths[0]),
+                   ar=str(paths[1]),
+                   weights="EMA of the tokenizer (raw after --onestage), raw AR model",
+                   preset=preset, **settings)
+        target = out / "samples.npz"
+        folder = parts_folder(target, [how, tokenizer.fingerprint(), fingerprint(ar)])
+        parts = list(torch.arange(args.num).split(PART_SIZE))
+        numbers = range(rank, len(parts), world_size)
+        missing = [i for i in numbers if not part_file(folder, i).exists()]
+        progress = tqdm(total=sum(len(parts[i]) for i in missing), unit="image", disable=rank > 0)
+        for i in missing:
+            images = []
+            for batch in parts[i].split(batch_size):
+                with autocast:
+                    codes = draw(ar, labels[batch], batch, args.seed, batch_size, settings)
+                    images.append(decode(tokenizer, codes, batch_size))
+                progress.update(len(batch))
+            with writing(part_file(folder, i)) as temporary, open(temporary, "wb") as file:
+                np.save(file, torch.cat(images).numpy())
+        progress.close()
+        if world_size > 1:
+            dist.barrier()
+
+        # One file of all parts
+        if rank == 0:
+            join_parts(target, "arr_0", folder, len(parts), arr_1=labels.numpy())
             with writing(out / "samples.json") as temporary:
-                temporary.write_text(json.dumps(settings, indent=1) + "\n")
-            print(f"{out / 'samples.npz'}: {args.num} images")
+                temporary.write_text(json.dumps(how, indent=1) + "\n")
+            print(f"{target}: {args.num} images")
+
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

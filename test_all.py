@@ -1,7 +1,9 @@
-"""The tests: shapes, gradient routing, sampling, exactness. `python -m pytest test_all.py`.
+"""The tests that explain: shapes, gradient routing, sampling. `python -m pytest test_all.py`, seconds.
 
-Tiny models with random weights. The scripts, the parts and the released format have tests of their own in tools/.
+Tiny models with random weights. tests/ has what protects the rest: losses, files, the scripts as a
+user runs them, the released checkpoints, fid.py.
 """
+
 from dataclasses import replace
 
 import pytest
@@ -11,90 +13,172 @@ from ar import AR, ARConfig, guidance, sample_codes
 from tokenizer import LAYOUTS, Tokenizer, TokenizerConfig
 from train_stage1 import Stage1
 
-CFG = TokenizerConfig(image_size=32, patch_size=8, encoder=(2, 64), decoder=(2, 64), post=(1, 64), head_dim=32,
-                      codebook_size=40, code_dim=6, num_prologue=3, prologue_codebook_size=12)  # N = 16
+# N = 16 visual tokens of V = 40 codes, K = 3 prologue tokens of P = 12 codes
+CFG = TokenizerConfig(image_size=32, patch_size=8, encoder=(2, 64), decoder=(2, 64), post=(1, 64),
+                      head_dim=32, codebook_size=40, code_dim=6, num_prologue=3,
+                      prologue_codebook_size=12)
+K, N, V, P = 3, 16, 40, 12
+NO_CLASS = torch.zeros(4, dtype=torch.int64)
 
 
-def models(layout="prologue", seed=0, **ar):
-    torch.manual_seed(seed)
+def models(layout="prologue", **ar_cfg):
+    """A tokenizer and an AR model of five classes with random weights, and four images."""
+    torch.manual_seed(0)
     tokenizer = Tokenizer(replace(CFG, layout=layout)).eval()
-    ar = AR(ARConfig.for_tokenizer(tokenizer.cfg, layers=2, dim=64, head_dim=32, num_classes=5, **ar)).eval()
+    cfg = ARConfig.for_tokenizer(tokenizer.cfg, layers=2, dim=64, head_dim=32, num_classes=5,
+                                 **ar_cfg)
+    ar = AR(cfg).eval()
     for p in ar.parameters():  # wide weights, so that logits differ enough to be told apart
         p.data += 0.3 * torch.randn_like(p)
-    return tokenizer, ar, torch.rand(4, 3, 32, 32) * 2 - 1
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    return tokenizer, ar, images
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shapes(layout):
     tokenizer, ar, images = models(layout)
-    k, n = tokenizer.cfg.num_prologue, 16
-    assert k == (3 if layout in ("prologue", "post") else 0)
+    k = tokenizer.cfg.num_prologue
+    assert k == (K if layout in ("prologue", "post") else 0)
+
     codes = tokenizer.encode(images)
-    assert codes.shape == (4, k + n) and codes.dtype == torch.int64
-    assert codes[:, :k].numel() == 0 or codes[:, :k].max() < 12
-    assert codes[:, k:].max() < 40 and codes.min() >= 0
+    assert codes.shape == (4, k + N)
+    assert codes.dtype == torch.int64
+    assert codes.min() >= 0
+    assert codes[:, k:].max() < V
+    if k > 0:
+        assert codes[:, :k].max() < P
+
+    # The decoder sees visual codes only.
     assert tokenizer.decode(codes).shape == (4, 3, 32, 32)
-    assert torch.equal(tokenizer.decode(codes), tokenizer.decode(codes[:, k:]))  # the decoder sees visual codes only
-    reconstruction, same, onehot, vq_loss = tokenizer(images)
-    assert torch.equal(same, codes) and vq_loss.ndim == 0
-    assert reconstruction is None if layout == "post" else reconstruction.shape == images.shape  # post trains no pixels
-    assert onehot is None if k == 0 else onehot.shape == (4, 3, 12)
-    length, vocab = (n, 40) if k == 0 else (k + 1 + n, 40 + 12 + 1)
-    assert ar(codes, torch.arange(4)).shape == (4, length, vocab)
-    assert ar.cross_entropy(codes, torch.arange(4), reduction="none").shape == (4, length)
+    assert torch.equal(tokenizer.decode(codes), tokenizer.decode(codes[:, k:]))
+
+    reconstruction, training_codes, onehot, vq_loss = tokenizer(images)
+    assert torch.equal(training_codes, codes)
+    assert vq_loss.shape == ()
+    if layout == "post":  # its visual path is frozen: no pixels are trained
+        assert reconstruction is None
+    else:
+        assert reconstruction.shape == images.shape
+    if k > 0:
+        assert onehot.shape == (4, K, P)
+    else:
+        assert onehot is None
+
+    length = k + 1 + N if k > 0 else N
+    vocabulary = V + P + 1 if k > 0 else V
+    assert ar(codes, torch.arange(4)).shape == (4, length, vocabulary)
+    assert ar.measure(codes, torch.arange(4))["nats_visual"].shape == (4,)
+
+
+def test_sequence_is_the_worked_example_of_ar():
+    ar = AR(ARConfig(layers=1, dim=32, head_dim=32, num_prologue=2, num_visual=3, codebook_size=10,
+                     prologue_codebook_size=4, num_classes=5))
+    codes = torch.tensor([[1, 3, 7, 0, 5]])
+    assert ar.sequence(codes).tolist() == [[11, 13, 14, 7, 0, 5]]
+    # Position t sees the class and the tokens before t: a change of the last one changes nothing.
+    logits = ar(codes, torch.tensor([2]))
+    other = ar(torch.tensor([[1, 3, 7, 0, 6]]), torch.tensor([2]))
+    assert torch.equal(logits, other)
+    earlier = ar(torch.tensor([[1, 3, 7, 1, 5]]), torch.tensor([2]))
+    assert torch.equal(logits[:, :5], earlier[:, :5])
+    assert not torch.equal(logits[:, 5], earlier[:, 5])
 
 
 def gradients(loss, model):
+    """{name: gradient} of the parameters that the loss reaches."""
     model.zero_grad()
     loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    found = {}
+    for name, p in model.named_parameters():
+        if p.grad is not None and p.grad.abs().sum() > 0:
+            found[name] = p.grad.clone()
+    return found
 
 
 def test_cross_entropy_reaches_the_prologue_path_only():
     tokenizer, ar, images = models()
     stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
-    grads = gradients(stage1(images, torch.zeros(4).long(), torch.tensor([True, False, True, False]))[3], stage1)
-    assert not [n for n in grads if n.startswith(("tokenizer.decoder", "tokenizer.visual_quantizer"))]
-    for name in ("tokenizer.encoder.queries", "tokenizer.prologue_quantizer.codebook", "tokenizer.prologue_quantizer.proj.weight",
-                 "tokenizer.encoder.input.weight", "tokenizer.encoder.transformer.blocks.0.attn.qkv.weight",
-                 "ar.embedding.weight"):
-        assert name in grads, name
+    drop = torch.tensor([True, False, True, False])
+    _, _, ce = stage1(images, NO_CLASS, drop)
+    reached = gradients(ce, stage1)
+    for name in reached:
+        assert not name.startswith(("tokenizer.decoder", "tokenizer.visual_quantizer")), name
+    for name in ("tokenizer.encoder.queries", "tokenizer.encoder.input.weight",
+                 "tokenizer.encoder.transformer.blocks.0.attn.qkv.weight",
+                 "tokenizer.prologue_quantizer.proj.weight",
+                 "tokenizer.prologue_quantizer.codebook", "ar.embedding.weight"):
+        assert name in reached, name
 
 
 def test_reconstruction_never_reaches_the_prologue_codebook():
     tokenizer, ar, images = models()
-    stage1, drop = Stage1(tokenizer, ar, ce_weight=3.0), torch.zeros(4, dtype=torch.bool)
-    reconstruction, _, vq_loss, _ = stage1(images, torch.zeros(4).long(), drop)
-    both = gradients((reconstruction - images).abs().mean() + vq_loss, stage1)
-    assert not [n for n in both if "prologue" in n or n.startswith("ar.")] and "tokenizer.visual_quantizer.codebook" in both
-    straight_through = gradients((stage1(images, torch.zeros(4).long(), drop)[0] - images).abs().mean(), stage1)
-    assert {"tokenizer.decoder.out.weight", "tokenizer.encoder.input.weight"} <= set(straight_through)
+    stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
+    drop = torch.zeros(4, dtype=torch.bool)
+
+    reconstruction, vq_loss, _ = stage1(images, NO_CLASS, drop)
+    reached = gradients((reconstruction - images).abs().mean() + vq_loss, stage1)
+    assert "tokenizer.visual_quantizer.codebook" in reached
+    for name in reached:
+        assert "prologue" not in name and not name.startswith("ar."), name
+
+    # Pixels alone go straight through the visual codes, and leave their codebook to the VQ loss.
+    reconstruction, _, _ = stage1(images, NO_CLASS, drop)
+    reached = gradients((reconstruction - images).abs().mean(), stage1)
+    assert "tokenizer.decoder.out.weight" in reached
+    assert "tokenizer.encoder.input.weight" in reached
+    assert "tokenizer.visual_quantizer.codebook" not in reached
 
 
 def test_lambda_scales_the_encoder_and_not_the_ar():
     tokenizer, ar, images = models()
     drop = torch.tensor([True, False, True, False])
-    one = gradients(Stage1(tokenizer, ar, 1.0)(images, torch.zeros(4).long(), drop)[3], stage1 := Stage1(tokenizer, ar, 1.0))
-    one = {n: g.clone() for n, g in one.items()}
-    three = gradients(Stage1(tokenizer, ar, 3.0)(images, torch.zeros(4).long(), drop)[3], stage1)
-    for name, grad in three.items():
-        expected = one[name] * (3 if name.startswith("tokenizer") else 1)
-        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()), msg=name)
+    reached = {}
+    for ce_weight in (1.0, 3.0):
+        stage1 = Stage1(tokenizer, ar, ce_weight)
+        _, _, ce = stage1(images, NO_CLASS, drop)
+        reached[ce_weight] = gradients(ce, stage1)
+    for name, gradient in reached[3.0].items():
+        expected = reached[1.0][name]
+        if name.startswith("tokenizer"):
+            expected = 3 * expected
+        tolerance = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=tolerance, msg=name)
+
+
+def test_dropped_visual_tokens_are_hidden_from_the_ar():
+    tokenizer, ar, images = models()
+    codes = tokenizer.encode(images)
+    other = torch.cat([codes[:, :K], (codes[:, K:] + 1) % V], 1)  # the prologue stays
+    drop = torch.tensor([True, True, False, False])
+    a = ar(codes, NO_CLASS, drop=drop)
+    b = ar(other, NO_CLASS, drop=drop)
+    assert torch.equal(a[:2], b[:2])
+    assert not torch.equal(a[2:], b[2:])
 
 
 def plain_generate(ar, labels, noise, cfg_prologue, cfg_visual, schedule, power, **filters):
-    """Sampling without a cache: the whole sequence runs anew for each token, all logits computed, the wrong ones masked."""
-    k, n, v = ar.cfg.num_prologue, ar.cfg.num_visual, ar.cfg.codebook_size
-    codes, uncond = torch.zeros(len(labels), k + n, dtype=torch.int64), torch.full_like(labels, ar.cfg.num_classes)
-    for i in range(k + n):
-        position = i + (k > 0 and i >= k)  # EOS stands between the groups
+    """Sampling without a cache: for each token the whole sequence runs anew, once for the class and
+    once without, and of all logits those of its codebook are taken."""
+    k = ar.cfg.num_prologue
+    codes = torch.zeros(len(labels), k + N, dtype=torch.int64)
+    unconditional = torch.full_like(labels, ar.cfg.num_classes)
+    for i in range(k + N):
         if i < k:
-            s, first, last = guidance(cfg_prologue, "constant", power, i / k), v, v + ar.cfg.prologue_codebook_size
+            position = i
+            scale = cfg_prologue
+            rows = slice(V, V + P)
+        elif k > 0:
+            position = i + 1  # EOS stands between the groups
+            scale = guidance(cfg_visual, schedule, power, (position - k) / (1 + N))
+            rows = slice(0, V)
         else:
-            s = guidance(cfg_visual, schedule, power, (position - k) / (1 + n) if k else i / n)
-            first, last = 0, v
-        logits = s * ar(codes, labels)[:, position] + (1 - s) * ar(codes, uncond)[:, position]
-        codes[:, i] = sample_codes(logits[:, first:last], noise[:, i], **filters)
+            position = i
+            scale = guidance(cfg_visual, schedule, power, i / N)
+            rows = slice(0, V)
+        with_class = ar(codes, labels)[:, position]
+        without = ar(codes, unconditional)[:, position]
+        logits = scale * with_class + (1 - scale) * without
+        codes[:, i] = sample_codes(logits[:, rows], noise[:, i], **filters)
     return codes
 
 
@@ -104,10 +188,13 @@ def plain_generate(ar, labels, noise, cfg_prologue, cfg_visual, schedule, power,
 def test_generate_equals_the_plain_uncached_path(layout, schedule, scales):
     _, ar, _ = models(layout)
     labels = torch.tensor([0, 3, 4])
-    noise = torch.rand(3, ar.cfg.num_prologue + 16, generator=torch.Generator().manual_seed(1))
-    settings = dict(cfg_prologue=scales[0], cfg_visual=scales[1])
-    codes = ar.generate(labels, cfg_schedule=schedule, cfg_power=0.5, noise=noise, **settings)
-    assert torch.equal(codes, plain_generate(ar, labels, noise, schedule=schedule, power=0.5, **settings))
-    greedy = ar.generate(labels, cfg_schedule=schedule, cfg_power=0.5, top_k=1, noise=noise, **settings)
-    assert torch.equal(greedy, plain_generate(ar, labels, noise, schedule=schedule, power=0.5, top_k=1, **settings))
-    assert not torch.equal(greedy, codes)
+    noise = torch.rand(3, ar.cfg.num_prologue + N, generator=torch.Generator().manual_seed(1))
+    cfg = dict(cfg_prologue=scales[0], cfg_visual=scales[1])
+    drawn = {}
+    for top_k in (0, 1):  # 1 takes the likeliest code
+        plain = plain_generate(ar, labels, noise, schedule=schedule, power=0.5, top_k=top_k, **cfg)
+        codes = ar.generate(labels, cfg_schedule=schedule, cfg_power=0.5, top_k=top_k, noise=noise,
+                            **cfg)
+        assert torch.equal(codes, plain)
+        drawn[top_k] = codes
+    assert not torch.equal(drawn[0], drawn[1])

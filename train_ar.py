@@ -1,192 +1,530 @@
-"""Stage 2: train the AR model from scratch on the frozen tokenizer's codes.
+"""Stage 2: train the AR model that generates, from scratch on the frozen tokenizer's codes.
 
-    python train_ar.py                                           # tiny, out/codes.npz, a few minutes
-    torchrun --nproc_per_node 8 train_ar.py --size B --compile --out out_b
+    python train_ar.py                                          # tiny, out/codes.npz, minutes
+    torchrun --nproc_per_node 8 train_ar.py --size B ...        # see recipes/ar_b_b.sh
 
-Cross-entropy over [prologue, EOS, visual], the class dropped 10% of the time for classifier-free guidance, one of the
-stored crops drawn at each visit. In --out it leaves ar.safetensors (raw weights, the ones that are sampled),
-train_ar.jsonl, train_ar.png and train_ar.pt (for --resume).
+One step: a crop of each image is drawn among those that were tokenized, a tenth of the classes is
+dropped (so that the model can also go without, which classifier-free guidance needs), and the
+cross-entropy of [prologue, EOS, visual] is the whole loss.
+
+In --out it leaves ar.safetensors (the raw weights, which are sampled), train_ar.jsonl (the log),
+train_ar.png (samples, a row for each class) and train_ar.pt (the state for --resume).
 """
+
+import argparse
+import functools
+import hashlib
 import json
+import math
+import os
+import shutil
+import signal
+import time
+import zipfile
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-import fid
 from ar import AR, SIZES, ARConfig, check_pair
-from common import (InputError, Machine, Progress, Referee, exact_fp32, load_state, lr_at, param_groups, positive, run, save_grid,
-                    save_state, step_generator, training_parser, visited)
-from pretokenize import EMBEDDED
-from sample import PRESETS, Sampler, generation_fid, sampling_defaults
-from tokenizer import Tokenizer, TokenizerConfig, Transformer
+from pretokenize import save_grid
+from tokenizer import (InputError, Tokenizer, TokenizerConfig, attention_backend, real, to_uint8,
+                       whole, writing)
 
-# Defaults by --size. B: the paper's recipe beside the Base tokenizer, 400 epochs of ImageNet at batch 512.
-RECIPES = {
-    "tiny": dict(steps=1600, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=50, hold=400, log_every=50, eval_every=400,
-                 save_every=400),
-    "S": dict(steps=1_000_000, batch_size=512, lr=2e-4, min_lr=5e-5, warmup=20_000, hold=100_000, log_every=100,
-              eval_every=5000, save_every=5000),
-}
-RECIPES |= {size: RECIPES["S"] for size in ("B", "L", "XL")} | {"nano": RECIPES["tiny"]}
+# Data
 
 
 class Tokens:
-    """A token file: codes (images, crops, K+N) uint16, labels (images,), and the config of what made it. Raises InputError."""
+    """A token file of pretokenize.py. Raises InputError if it is damaged.
+
+    codes: (images, crops, K+N) uint16. labels: (images,) int64. classes: their names. cfg and
+    fingerprint: of the tokenizer that made the codes.
+    """
 
     def __init__(self, path):
         if not Path(path).is_file():
-            raise InputError(f"{path} does not exist; make it with pretokenize.py, or name another with --codes")
-        try:  # the codes are mapped from the file, so the processes of a node share one copy
-            self.codes, self.labels, config = (fid.map_npz(path, name) for name in ("codes", "labels", "config"))
-            config = json.loads(str(config))
-            self.classes, self.fingerprint = config["classes"], config["fingerprint"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is not a token file of pretokenize.py, or not a whole one: {error}") from None
-        self.cfg = TokenizerConfig(**config["tokenizer"])
+            raise InputError(
+                f"{path} does not exist; pretokenize.py makes it, --codes names another"
+            )
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                self.codes = file["codes"]
+                self.labels = file["labels"]
+                config = json.loads(str(file["config"]))
+            self.cfg = TokenizerConfig(**config["tokenizer"])
+            self.classes = config["classes"]
+            self.fingerprint = config["fingerprint"]
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} is no whole token file of pretokenize.py: {error}") from None
+        k = self.cfg.num_prologue
+        n = self.cfg.num_visual
+        if self.codes.dtype != np.uint16 or self.codes.ndim != 3 or self.codes.shape[2] != k + n:
+            raise InputError(
+                f"{path}: codes are {self.codes.dtype} {self.codes.shape}, and should be uint16 "
+                f"(images, crops, {k + n})"
+            )
+        if self.codes.size == 0 or self.labels.shape != self.codes.shape[:1]:
+            raise InputError(
+                f"{path}: codes {self.codes.shape} and labels {self.labels.shape} should be of the "
+                "same images, and there should be at least one of them and one crop"
+            )
+        if not np.isin(self.labels, np.arange(len(self.classes))).all():
+            raise InputError(f"{path}: labels should be from 0 to {len(self.classes) - 1}")
+        too_large = self.codes[..., k:].max() >= self.cfg.codebook_size
+        if k > 0 and self.codes[..., :k].max() >= self.cfg.prologue_codebook_size:
+            too_large = True
+        if too_large:
+            raise InputError(f"{path}: there are codes beyond the end of the codebook")
 
     def batch(self, images, crops, device):
-        """codes (B, K+N) and labels (B,) of the given image numbers and crop numbers."""
-        return (torch.from_numpy(self.codes[images, crops].astype(np.int64)).to(device),
-                torch.from_numpy(np.array(self.labels[images])).to(device))
+        """Codes (B, K+N) and labels (B,), int64, of image numbers (B,) and crop numbers (B,)."""
+        codes = torch.from_numpy(self.codes[images, crops].astype(np.int64))
+        labels = torch.from_numpy(self.labels[images].astype(np.int64))
+        return codes.to(device), labels.to(device)
+
+    def digest(self):
+        """A short hash of the codes."""
+        return hashlib.sha256(np.ascontiguousarray(self.codes)).hexdigest()[:16]
 
 
-@torch.no_grad()
-def evaluate(ar, tokens, machine, count):
-    """Held-out nats per image of each part of the sequence, class given, first crop, over the first `count` images."""
-    count, k = min(count, len(tokens.codes)), ar.cfg.num_prologue
-    sums = torch.zeros(3, device=machine.device)
-    for part in torch.arange(machine.rank, count, machine.world).split(64):
-        codes, labels = tokens.batch(part.numpy(), 0, machine.device)
-        with machine.autocast():
-            nats = ar.cross_entropy(codes, labels, reduction="none")  # (B, L)
-        sums += torch.stack([part.sum() for part in nats.tensor_split([k, k + (k > 0)], 1)])
-    prologue, eos, visual = (machine.sum(sums) / count).tolist()
-    return {"val_nats": prologue + eos + visual, "val_nats_prologue": prologue, "val_nats_visual": visual}
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def build(args, tokenizer, tokens):
-    """A new AR model for the tokenizer's codes, or the one of --init. Raises InputError."""
+def visited_image(seed, visit, count):
+    """Which of `count` images the run looks at on its visit number 0, 1, ...: one random order of
+    all images after another, without a gap. It depends on nothing else, so a run may be resumed on
+    another number of ranks."""
+    return int(epoch_order(seed, visit // count, count)[visit % count])
+
+
+# Model and optimization
+
+
+def build_model(args, tokens, tokenizer):
+    """A new AR model for the codes, or one that starts from the weights of --init."""
     torch.manual_seed(args.seed)
-    cfg = ARConfig.for_tokenizer(tokenizer.cfg, **SIZES[args.size], num_classes=len(tokens.classes), dropout=args.dropout,
-                                 classes=tokens.classes, tokenizer=tokens.fingerprint)
-    if not args.init:
+    cfg = ARConfig.for_tokenizer(tokens.cfg, **SIZES[args.size], num_classes=len(tokens.classes),
+                                 classes=tokens.classes, dropout=args.dropout,
+                                 tokenizer=tokens.fingerprint)
+    if args.init is None:
         return AR(cfg)
-    old = AR.load(args.init, tokenizer)
-    if (old.cfg.classes or tokens.classes) != tokens.classes or old.cfg.num_classes != cfg.num_classes:
-        raise InputError(f"{args.init} was trained on other classes than the token file: {old.cfg.num_classes} "
-                         f"({', '.join(old.cfg.classes[:3])}...) and {cfg.num_classes} ({', '.join(cfg.classes[:3])}...)")
+    old = AR.load(args.init)
     check_pair(tokenizer, old, names=("the tokenizer", args.init))
-    ar = AR(replace(cfg, layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim))
+    if old.cfg.num_classes != cfg.num_classes or old.cfg.classes not in ([], cfg.classes):
+        raise InputError(
+            f"--init {args.init} was trained on {old.cfg.num_classes} classes "
+            f"{old.cfg.classes[:3]}..., the token file has {cfg.num_classes} {cfg.classes[:3]}..."
+        )
+    size = dict(layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim)
+    ar = AR(replace(cfg, **size))
     ar.load_state_dict(old.state_dict())
     return ar
 
 
+def adamw_groups(module, betas, weight_decay):
+    """AdamW's parameter groups of a module: weight decay falls on matrices only."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    vectors = [p for p in module.parameters() if p.ndim < 2]
+    return [dict(params=matrices, betas=betas, weight_decay=weight_decay),
+            dict(params=vectors, betas=betas, weight_decay=0.0)]
+
+
+def learning_rate(step, args):
+    """Of step 1, 2, ...: linear warmup, --hold steps at --lr, then linear decay to --min_lr."""
+    if step <= args.warmup:
+        return args.lr * step / args.warmup
+    decay_steps = max(1, args.steps - args.warmup - args.hold)
+    done = (step - args.warmup - args.hold) / decay_steps
+    return args.lr + (args.min_lr - args.lr) * min(1, max(0, done))
+
+
+# Held-out measures
+
+
+@torch.no_grad()
+def evaluate(ar, tokens, count, device, autocast, rank, world_size):
+    """Nats per image and top-1 accuracy of each token group, given the class, over the first crops
+    of the first `count` images, of which each rank takes a share."""
+    count = min(count, len(tokens.codes))
+    sums = defaultdict(float)
+    for images in torch.arange(rank, count, world_size).split(64):
+        codes, labels = tokens.batch(images.numpy(), 0, device)
+        with autocast:
+            measures = ar.measure(codes, labels)
+        for name, values in measures.items():
+            sums[name] += values.sum().item()
+    if world_size > 1:
+        of_each_rank = [None] * world_size
+        dist.all_gather_object(of_each_rank, sums)
+        sums = defaultdict(float)
+        for part in of_each_rank:
+            for name, value in part.items():
+                sums[name] += value
+    result = {f"val_{name}": value / count for name, value in sums.items()}
+    nats = [value for name, value in result.items() if name.startswith("val_nats")]
+    return {"val_nats": sum(nats)} | result
+
+
+@torch.no_grad()
+def save_samples(path, ar, tokenizer, seed, device, autocast):
+    """Ten samples of each of the first classes, with the same noise each time."""
+    labels = torch.arange(min(8, ar.cfg.num_classes), device=device).repeat_interleave(10)
+    with autocast:
+        codes = ar.generate(labels, generator=torch.Generator().manual_seed(seed))
+        images = to_uint8(tokenizer.decode(codes))
+    save_grid(path, images.split(10))
+
+
+# State and log
+
+
+def save_state(path, step, fixed, args, ar, optimizer):
+    """Writes all that `load_state` needs. Raises InputError, and leaves the state that is there,
+    if weights are not finite."""
+    if not all(p.isfinite().all() for p in ar.parameters()):
+        raise InputError(f"step {step}: the weights are not finite, nothing is saved")
+    state = {"step": step, "fixed": fixed, "args": args}
+    state["ar"] = ar.state_dict()
+    state["optimizer"] = optimizer.state_dict()
+    with writing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path, fixed, args, rank, world_size):
+    """The state at `path`, or None where there is none. Raises InputError if it belongs to another
+    run: `fixed` must be equal, other flags may have changed and are named."""
+    found = torch.tensor([float(path.exists())])
+    if world_size > 1:
+        dist.all_reduce(found)
+    if found == 0:
+        if rank == 0:
+            print(f"--resume: there is no {path}, so this run begins at step 1")
+        return None
+    if found < world_size:
+        raise InputError(
+            f"not all ranks see {path}: --out must be in a file system that they share"
+        )
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        before = state["fixed"]
+        args_before = state["args"]
+    except Exception as error:  # of pickle, zipfile or torch
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
+    for name, value in fixed.items():
+        if before.get(name) != value:
+            raise InputError(
+                f"--resume: {path} was made with {name} {before.get(name)}, this run has {value}"
+            )
+    if rank == 0:
+        print(f"going on from step {state['step']}")
+        for name, value in args.items():
+            if name in args_before and args_before[name] != value and name != "resume":
+                print(f"note: --{name} was {args_before[name]} and is now {value}")
+    return state
+
+
+def start_log(path, step):
+    """Keeps of an earlier log what a run that begins behind `step` goes on from: the whole lines up
+    to that step."""
+    kept = []
+    if step > 0 and path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a kill
+    with writing(path) as temporary:
+        temporary.write_text("".join(kept))
+
+
+def write_log(path, entry):
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def as_text(entry):
+    """{"step": 50, "l1": 0.12345} -> "step 50  l1 0.1235" """
+    words = []
+    for name, value in entry.items():
+        words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return "  ".join(words)
+
+
+# The script
+
+
 def parse_args():
-    parser, _ = training_parser("Train an AR model on tokens.", SIZES, RECIPES)
+    parser = argparse.ArgumentParser(
+        description="Train an AR model on tokens. The defaults are those of the tiny demo; "
+        "recipes/ has the paper's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     flag = parser.add_argument
+
+    # Data and model
     flag("--codes", help="token file; by default codes.npz in --out")
-    flag("--val_codes", help="held-out token file; by default the --codes name with _val, if there is one")
-    flag("--tokenizer", help="tokenizer file or released directory, to draw samples; by default tokenizer.safetensors in --out")
-    flag("--init", metavar="AR", help="AR file or released directory whose weights to start from (fine-tuning)")
-    flag("--beta2", type=float, default=0.96, help="of AdamW; beta1 is 0.9")
-    flag("--weight_decay", type=float, default=0.03, help="on matrices only")
-    flag("--dropout", type=float, default=0.1, help="on embedding, attention output and MLP output")
-    flag("--class_dropout", type=float, default=0.1, help="share of images trained without their class")
-    flag("--grad_clip", type=float, default=1.0, help="largest gradient norm; 0 = off")
-    flag("--eval_images", type=positive, default=2000, help="held-out images per evaluation")
-    flag("--fid_every", type=int, default=0, help="steps between gFIDs, a multiple of --eval_every; 0 = never")
-    flag("--fid_samples", type=positive, default=2000, help="images drawn for each gFID")
-    flag("--reference", default=str(EMBEDDED / "train"), help="npz, folder or zip that gFID compares with")
-    flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for gFID, instead of downloading them")
-    flag("--preset", choices=PRESETS, help="row of the paper's table A5 whose guidance gFID is measured with, beside none")
-    args = parser.parse_args()
-    if args.fid_every % args.eval_every:
-        parser.error(f"--fid_every {args.fid_every} is not a multiple of --eval_every {args.eval_every}")
-    return args
+    flag("--val_codes",
+         help="held-out token file; by default --codes with _val in its name, if there is one")
+    flag("--tokenizer",
+         help="tokenizer file that made the codes; by default tokenizer.safetensors in --out")
+    flag("--size", default="tiny", choices=SIZES, help="of the AR model")
+    flag("--init", metavar="AR", help="AR file whose weights to start from; its size counts")
+    flag("--dropout", type=real(0, 0.99), default=0.1,
+         help="on embedding, attention output and MLP output")
+    flag("--class_dropout", type=real(0, 1), default=0.1,
+         help="share of images trained without their class")
+
+    # Optimization
+    flag("--steps", type=whole(1), default=1600,
+         help="of the whole run; the learning rate follows it")
+    flag("--batch_size", type=whole(1), default=32, help="images per step, over all ranks together")
+    flag("--micro_batch_size", type=whole(1),
+         help="images per forward and rank, to save memory; by default all of a rank")
+    flag("--gradient_checkpointing", action="store_true",
+         help="less memory: blocks run once more in the backward")
+    flag("--lr", type=real(0), default=1e-3, help="learning rate after the warmup")
+    flag("--min_lr", type=real(0), default=1e-5, help="learning rate at the last step")
+    flag("--warmup", type=whole(0), default=50, help="steps of linear warmup")
+    flag("--hold", type=whole(0), default=400, help="steps at --lr before the linear decay")
+    flag("--beta2", type=real(0, 0.9999), default=0.96, help="of AdamW; beta1 is 0.9")
+    flag("--weight_decay", type=real(0), default=0.03, help="on matrices only")
+    flag("--grad_clip", type=real(0), default=1.0, help="largest gradient norm; 0 is off")
+    flag("--seed", type=whole(0), default=0, help="of everything random")
+
+    # Machine and files
+    flag("--out", default="out", help="folder for everything that is written and looked for")
+    flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
+    flag("--log_every", type=whole(1), default=50, help="steps between lines of the log")
+    flag("--eval_every", type=whole(1), default=400,
+         help="steps between held-out measures and pictures")
+    flag("--eval_images", type=whole(1), default=2000, help="held-out images for the measures")
+    flag("--save_every", type=whole(1), default=400, help="steps between saved states")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+         help="auto is what torch finds")
+    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
+         help="auto is bf16 on CUDA, else fp32")
+    flag("--compile", action="store_true", help="torch.compile the transformer blocks")
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    machine, out = Machine(args), Path(args.out)
-    per_rank, micro = machine.split(args)
+    out = Path(args.out)
+
+    # Device and ranks: torchrun sets these variables, without it one process does everything
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    available = "cpu"
+    if torch.accelerator.is_available():
+        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
+    if args.device not in ("auto", "cpu", available):
+        raise InputError(f"--device {args.device}: torch finds only {available} here")
+    device = torch.device(available if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
+    if args.dtype == "auto":
+        args.dtype = "bf16" if device.type == "cuda" else "fp32"
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
+    if args.compile and device.type == "cpu" and not shutil.which("g++"):
+        raise InputError("--compile needs the compiler g++ on a CPU, and there is none here")
+    if world_size > 1:
+        # Losses and gradients travel by nccl between GPUs, what stands on the CPU by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank == 0:
+        backend = attention_backend(device, dtype)
+        print(f"{world_size} x {device.type}, {args.dtype}, attention by {backend}", flush=True)
+
+    # Batch: each rank takes its share of the global one, in one or more micro-batches
+    per_rank = args.batch_size // world_size
+    micro = args.micro_batch_size or per_rank
+    if args.batch_size % world_size or per_rank % micro:
+        raise InputError(
+            f"--batch_size {args.batch_size} does not divide into {world_size} ranks with "
+            f"micro-batches of {micro}"
+        )
+
+    # Data and tokenizer, which must belong together
     codes_path = Path(args.codes or out / "codes.npz")
     tokens = Tokens(codes_path)
-    val_path = Path(args.val_codes or codes_path.with_name(codes_path.stem + "_val.npz"))
-    val = Tokens(val_path) if args.val_codes or val_path.exists() else None
-    tokenizer_path = args.tokenizer or out / "tokenizer.safetensors"
-    tokenizer = Tokenizer.load(tokenizer_path).to(machine.device)
-    for path, file in ((codes_path, tokens), (val_path, val)):
-        if file and (file.cfg, file.fingerprint) != (tokenizer.cfg, tokenizer.fingerprint()):
-            raise InputError(f"{path} was made by another tokenizer than {tokenizer_path}; run pretokenize.py again")
-        if file and file.classes != tokens.classes:
-            raise InputError(f"{path} and {codes_path} have different classes: {file.classes[:3]}... and {tokens.classes[:3]}...")
-    ar = build(args, tokenizer, tokens).to(machine.device)
-    optimizer = torch.optim.AdamW(param_groups([(ar, (0.9, args.beta2), args.weight_decay)]), lr=args.lr, fused=True)
-    settings = asdict(ar.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "images": len(tokens.codes),
-                                 "beta2": args.beta2, "weight_decay": args.weight_decay}
-    parts = {"ar": ar, "optimizer": optimizer}
-    start = load_state(out / "train_ar.pt", args.resume, settings, parts, machine)
-    Transformer.gradient_checkpointing = args.gradient_checkpointing
-    if machine.compile:
-        ar.transformer.compile()
-    model = machine.wrap(ar)
+    val_path = Path(args.val_codes or codes_path.with_name(f"{codes_path.stem}_val.npz"))
+    val_tokens = None
+    if args.val_codes or val_path.exists():
+        val_tokens = Tokens(val_path)
+        if val_tokens.classes != tokens.classes:
+            raise InputError(
+                f"{val_path} and {codes_path} have different classes: "
+                f"{val_tokens.classes[:3]}... and {tokens.classes[:3]}..."
+            )
+        if val_tokens.fingerprint != tokens.fingerprint:
+            raise InputError(f"{val_path} and {codes_path} are of different tokenizers")
+    tokenizer_path = Path(args.tokenizer or out / "tokenizer.safetensors")
+    tokenizer = Tokenizer.load(tokenizer_path).to(device)
+    if tokenizer.fingerprint() != tokens.fingerprint:
+        raise InputError(
+            f"{codes_path} was made by another tokenizer than {tokenizer_path}; run pretokenize.py "
+            "again"
+        )
 
-    def save(step):
-        if machine.rank == 0:
-            ar.save(out / "ar.safetensors")
-            save_state(out / "train_ar.pt", step, settings, parts)
+    # Model and optimizer
+    ar = build_model(args, tokens, tokenizer).to(device)
+    groups = adamw_groups(ar, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    if rank == 0:
+        parameters = sum(p.numel() for p in ar.parameters()) / 1e6
+        images, crops, length = tokens.codes.shape
+        print(
+            f"{parameters:.1f}M parameters, {len(tokens.classes)} classes, {images} images x "
+            f"{crops} crops x {length} codes",
+            flush=True,
+        )
 
-    def measure():
-        ar.eval()
-        values = evaluate(ar, val, machine, args.eval_images) if val else {}
-        for mode in ("", "_no_cfg") if args.fid_every and (step + 1) % args.fid_every == 0 else ():
-            sampler = Sampler(ar, tokenizer, machine, args.seed, 100 * machine.world, sampling_defaults(args.preset, mode))
-            measured = generation_fid(sampler, args.fid_samples, network, reference)
-            values |= {f"val_{key}{mode}": value for key, value in measured.items()}
-        if machine.rank == 0:
-            labels = torch.arange(min(8, ar.cfg.num_classes)).repeat_interleave(10)  # a row per class, the same noise each time
-            sampler = Sampler(ar, tokenizer, machine, args.seed, 100 * machine.world, {})
-            save_grid(out / "train_ar.png", list(sampler.pixels(sampler.codes(labels, range(len(labels)))).split(10)))
-        ar.train()
-        return values
+    # Resume
+    fixed = dict(  # what a run that goes on must have in common with the one before
+        ar=asdict(ar.cfg), codes=tokens.digest(), batch_size=args.batch_size, seed=args.seed
+    )
+    start_step = 0
+    state = None
+    if args.resume:
+        state = load_state(out / "train_ar.pt", fixed, vars(args), rank, world_size)
+    if state is not None:
+        start_step = state["step"]
+        ar.load_state_dict(state["ar"])
+        optimizer.load_state_dict(state["optimizer"])
 
-    if args.fid_every:
-        network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, machine.device)[1]
-        with exact_fp32(machine.device.type):
-            reference = fid.reference_features(args.reference, network, machine.device, 100, False, tokenizer.cfg.image_size)
-    progress, referee = Progress(out / "train_ar.jsonl", machine, args, start), Referee(machine)
-    machine.print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters, {len(tokens.classes)} classes, "
-                  f"{' x '.join(map(str, tokens.codes.shape))} images x crops x codes")
+    # Compilation and ranks. Block by block, so that equal blocks are compiled once.
+    ar.transformer.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        for block in ar.transformer.blocks:
+            block.compile(dynamic=False)
+    model = ar
+    if world_size > 1:
+        model = DistributedDataParallel(ar, broadcast_buffers=False)
+
+    # Whoever sends SIGTERM or presses Ctrl-C gets a saved state, after the current step
+    stop = torch.zeros(1)
+    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
+    signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))
+
+    # The loop
+    if rank == 0:
+        start_log(out / "train_ar.jsonl", start_step)
     ar.train()
-    for step in range(start, args.steps):
-        # Everything random is drawn for the whole batch from (seed, step); dropout from (seed, step, rank).
-        torch.manual_seed(args.seed * 1_000_003 + step * machine.world + machine.rank)
-        generator = step_generator(args.seed, step)
-        numbers = range(step * args.batch_size, (step + 1) * args.batch_size)
-        index = machine.share(torch.tensor(visited(args.seed, len(tokens.codes), numbers))).numpy()
-        crops = machine.share(torch.randint(tokens.codes.shape[1], (args.batch_size,), generator=generator)).numpy()
-        unlabelled = machine.share(torch.rand(args.batch_size, generator=generator) < args.class_dropout).to(machine.device)
+    skipped = torch.zeros((), device=device)  # steps in a row
+    clock = time.perf_counter()
+    clock_step = start_step
+    for step in range(start_step + 1, args.steps + 1):
+        # Learning rate
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args)
+            group["lr"] = learning_rate(step, args)
         optimizer.zero_grad()
-        loss = 0.0
+
+        # What is random in a step is drawn for the whole batch, of which a rank takes its share;
+        # only dropout is drawn by each rank for itself
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        torch.manual_seed((args.seed * 1_000_003 + step) * world_size + rank)
+        of_rank = slice(rank * per_rank, (rank + 1) * per_rank)
+        first = (step - 1) * args.batch_size
+        visits = range(first, first + args.batch_size)[of_rank]
+        images = np.array([visited_image(args.seed, v, len(tokens.codes)) for v in visits])
+        num_crops = tokens.codes.shape[1]
+        crops = torch.randint(num_crops, (args.batch_size,), generator=generator)[of_rank].numpy()
+        unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < args.class_dropout
+
+        loss_of_step = 0.0
         for i in range(0, per_rank, micro):
-            codes, labels = tokens.batch(index[i:i + micro], crops[i:i + micro], machine.device)
-            labels = labels.masked_fill(unlabelled[i:i + micro], ar.cfg.num_classes)
-            with machine.unsynced(model, i + micro < per_rank):
-                with machine.autocast():
-                    part = model(codes, labels, loss=True) * micro / per_rank
-                part.backward()
-            loss = loss + part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or float("inf"))
-        if referee.step_counts({"cross-entropy": loss, "gradient norm": norm}):
-            optimizer.step()
-        logged = {"ce": loss, "nats": loss * ar.length, "grad_norm": norm}
-        if progress.end_step(step, referee, logged, measure, save):
+            # Forward and loss
+            codes, labels = tokens.batch(images[i : i + micro], crops[i : i + micro], device)
+            labels = labels.masked_fill(unlabelled[i : i + micro].to(device), ar.cfg.num_classes)
+            if world_size > 1:  # gradients travel between the ranks once per step
+                model.require_backward_grad_sync = i + micro == per_rank
+            with autocast:
+                logits = model(codes, labels)  # (B, L, vocabulary)
+            loss = F.cross_entropy(logits.flatten(0, 1), ar.sequence(codes).flatten())
+
+            # Backward
+            (loss * micro / per_rank).backward()
+            loss_of_step += loss.detach() * micro / per_rank
+
+        # Step. Where a gradient is not finite, and then it is on all ranks, found_inf makes fused
+        # AdamW leave everything as it was; no value has to come to the CPU for that.
+        norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or math.inf)
+        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.step()
+        skipped = (skipped + 1) * optimizer.found_inf
+
+        # All ranks stop at the same step
+        if world_size > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        last = step == args.steps or bool(stop)
+
+        # Log
+        if step % args.log_every == 0 or last:
+            values = torch.stack([loss_of_step, norm])
+            if world_size > 1:
+                dist.all_reduce(values)
+            ce, grad_norm = (values / world_size).tolist()
+            seconds = time.perf_counter() - clock
+            entry = {"step": step, "images": step * args.batch_size, "ce": ce}
+            entry["nats"] = ce * ar.length  # per image
+            entry["grad_norm"] = grad_norm
+            entry["lr"] = learning_rate(step, args)
+            entry["images_per_s"] = (step - clock_step) * args.batch_size / seconds
+            if rank == 0:
+                write_log(out / "train_ar.jsonl", entry)
+                left = (args.steps - step) * args.batch_size / entry["images_per_s"]
+                print(f"{as_text(entry)}  left {left / 60:.0f} min", flush=True)
+            if skipped >= 10:
+                bad = "the cross-entropy" if not math.isfinite(ce) else "the gradient"
+                raise InputError(
+                    f"{bad} has not been finite for {int(skipped)} steps, which were skipped; go "
+                    "on from the last saved state by --resume with a lower --lr"
+                )
+            clock = time.perf_counter()
+            clock_step = step
+
+        # Save, before the measures: whoever asks a run to stop may not wait for them
+        pause = time.perf_counter()
+        if (step % args.save_every == 0 or last) and rank == 0:
+            save_state(out / "train_ar.pt", step, fixed, vars(args), ar, optimizer)
+            ar.save(out / "ar.safetensors")
+
+        # Held-out measures and pictures
+        if step % args.eval_every == 0 or step == args.steps:
+            ar.eval()
+            with torch.compiler.set_stance("force_eager"):  # other shapes than the loop's
+                if val_tokens is not None:
+                    entry = evaluate(ar, val_tokens, args.eval_images, device, autocast, rank=rank,
+                                     world_size=world_size)
+                    if rank == 0:
+                        write_log(out / "train_ar.jsonl", {"step": step} | entry)
+                        print(f"  held out: {as_text(entry)}", flush=True)
+                if rank == 0:
+                    save_samples(out / "train_ar.png", ar, tokenizer, args.seed, device, autocast)
+            ar.train()
+        clock += time.perf_counter() - pause  # this time does not count in images_per_s
+
+        if last:
             break
+
+    if rank == 0 and stop:
+        print(f"asked to stop: saved after step {step}, go on with --resume")
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,388 +1,872 @@
-"""Stage 1: train the tokenizer and, beside it, the small AR model whose cross-entropy shapes the prologue tokens.
+"""Stage 1: train the tokenizer and, beside it, the small AR model that shapes the prologue tokens.
 
-    python train_stage1.py                                       # tiny, embedded data, CPU or GPU, a few minutes
-    python train_stage1.py --layout 2d --out out_2d              # the baseline without a prologue
-    python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post   # a prologue for a frozen one
-    python train_stage1.py --onestage --ar_size tiny --out out_onestage    # the AR of stage 2 in place of the joint one
-    torchrun --nproc_per_node 8 train_stage1.py --size B --data imagenet.zip/ILSVRC/Data/CLS-LOC/train --compile
+    python train_stage1.py                              # tiny, embedded data, minutes on a CPU
+    python train_stage1.py --layout 2d --out out_2d     # the baseline without a prologue
+    python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post
+    python train_stage1.py --onestage --ar_size tiny --out out_onestage     # no stage 2 after this
+    torchrun --nproc_per_node 8 train_stage1.py --size B ...          # see recipes/prologue_b.sh
 
-    loss = L1 + perceptual + gan_weight * GAN_G + vq + lambda * CE      (paper equation 2; lambda reaches the encoder only)
+One step, for images x (paper equation 2):
 
-One forward and one backward of encoder, decoder and AR per step, then one of the discriminator. In --out it leaves
-tokenizer.safetensors (EMA weights), joint_ar.safetensors, train_stage1.jsonl, train_stage1.png, and train_stage1.pt for
---resume. With --onestage the tokenizer is the raw one, beside the ar.safetensors that grew with it.
+    h_visual, h_prologue = encoder(x)
+    q, codes, vq = nearest visual codes of h_visual              # straight-through
+    onehot = prologue codes of h_prologue                        # Prob-STE
+    y = decoder(q)
+    ce = cross-entropy of the joint AR model on [onehot, EOS, codes], codes hidden half of the time
+    loss = l1(x, y) + vq + perceptual(x, y) + 0.1 * gan(y) + ce
+    update tokenizer and AR model by the gradients of loss       # ce's into onehot times lambda
+    update the discriminator on x against y
+    EMA of the tokenizer <- tokenizer                            # the weights that are used later
+
+Which loss reaches which weights:
+
+                     encoder   visual projection   prologue projection   decoder   AR   discrimi-
+                               codebook            and codebook                         nator
+    l1, perceptual,
+    gan              x         x                                         x
+    vq               x         x         x
+    ce               lambda                        lambda                          x
+    discriminator                                                                       x
+
+In --out it leaves tokenizer.safetensors (the EMA), joint_ar.safetensors, train_stage1.jsonl (the
+log), train_stage1.png (held-out images above their reconstructions) and train_stage1.pt (the state
+for --resume). With --onestage the AR model is the final one, ar.safetensors, and the tokenizer the
+raw one that it grew up with.
 """
+
 import argparse
-import contextlib
 import copy
+import functools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-import ar as ar_model
-import fid
-from common import (InputError, Machine, Progress, Referee, exact_fp32, load_state, lr_at, param_groups, positive, run, save_grid,
-                    save_state, step_generator, to_float, to_uint8, training_parser, update_ema, visited)
-from pretokenize import EMBEDDED, Images, default_val
-from tokenizer import LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer
+import ar as ar_file
+from ar import AR, ARConfig
+from pretokenize import (EMBEDDED, Images, center_crop, default_val, load_batches, no_crop,
+                         random_crop, save_grid)
+from tokenizer import (LAYOUTS, SIZES, InputError, Tokenizer, TokenizerConfig, Transformer,
+                       attention_backend, real, to_float, to_uint8, whole, writing)
 
-# Defaults by --size: the paper's for B and L (150 and 200 epochs of ImageNet at batch 256), minutes on two cores for tiny.
-RECIPES = {
-    "tiny": dict(steps=2000, batch_size=32, lr=5e-4, min_lr=5e-5, warmup=50, hold=1000, ar_size="nano", perceptual="none",
-                 gan_weight=0.02, gan_channels=16, crop="center", log_every=50, eval_every=500, save_every=500),
-    "B": dict(steps=750_000, batch_size=256, lr=1e-4, min_lr=3e-5, warmup=20_000, hold=100_000, ar_size="S", perceptual="vgg",
-              gan_weight=0.1, gan_channels=64, crop="random", log_every=100, eval_every=5000, save_every=5000),
-}
-RECIPES["L"] = RECIPES["B"] | dict(steps=1_000_000, min_lr=1e-5, perceptual="convnext")
+# Models and losses
 
 
 class Stage1(nn.Module):
-    """Tokenizer and joint AR in one forward. lambda multiplies the gradient that CE sends into the one-hot codes and
-    nothing else: the encoder is trained on lambda * CE and the AR on CE, as two separate updates would."""
+    """Tokenizer and joint AR model in one forward, as DistributedDataParallel wants it.
+
+    lambda (`ce_weight`) multiplies the gradient that CE sends into the one-hot codes and nothing
+    else: so the encoder is trained on lambda * CE and the AR model on CE, as by two updates.
+    """
 
     def __init__(self, tokenizer, ar, ce_weight, direct_ce=False):
         super().__init__()
-        self.tokenizer, self.ar, self.ce_weight, self.direct_ce = tokenizer, ar, ce_weight, direct_ce
+        self.tokenizer = tokenizer
+        self.ar = ar  # None where no CE trains the tokenizer
+        self.ce_weight = ce_weight
+        self.direct_ce = direct_ce
 
     def forward(self, images, labels, drop):
-        """images (B, 3, H, W), labels (B,), drop (B,) bool -> reconstruction, codes (B, K+N), VQ loss, CE"""
+        """images (B, 3, H, W), labels (B,), drop (B,) bool -> reconstruction (B, 3, H, W) or None
+        in the layout post, VQ loss, CE in nats per token."""
         reconstruction, codes, onehot, vq_loss = self.tokenizer(images, self.direct_ce)
         if self.ar is None:
-            return reconstruction, codes, vq_loss, None
-        onehot = onehot + (self.ce_weight - 1) * (onehot - onehot.detach())  # the same values, the gradient times lambda
-        return reconstruction, codes, vq_loss, self.ar.cross_entropy(codes, labels, onehot, None if self.direct_ce else drop)
+            return reconstruction, vq_loss, torch.zeros_like(vq_loss)
+        # The value stays, the gradient is multiplied by lambda.
+        onehot = onehot + (self.ce_weight - 1) * (onehot - onehot.detach())
+        logits = self.ar(codes, labels, onehot, drop)  # (B, L, vocabulary)
+        tokens = self.ar.sequence(codes)  # (B, L)
+        ce = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+        return reconstruction, vq_loss, ce
 
 
 class Discriminator(nn.Module):
-    """PatchGAN: three stride-2 convolutions, BatchNorm, LeakyReLU(0.2), a grid of logits."""
+    """PatchGAN: three convolutions of stride 2, BatchNorm, LeakyReLU; a logit for each patch."""
 
     def __init__(self, channels):
         super().__init__()
-        layers, width = [nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2)], channels
-        for stride, out in ((2, 2 * channels), (2, 4 * channels), (1, 8 * channels)):
-            layers += [nn.Conv2d(width, out, 4, stride, 1, bias=False), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
+        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for out, stride in ((2 * channels, 2), (4 * channels, 2), (8 * channels, 1)):
+            layers.append(nn.Conv2d(width, out, 4, stride, padding=1, bias=False))
+            layers.append(nn.BatchNorm2d(out))
+            layers.append(nn.LeakyReLU(0.2))
             width = out
-        self.net = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+        layers.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
+        self.net = nn.Sequential(*layers)
         for module in self.net:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1, 0.02)
-        self.register_buffer("averages", torch.zeros(2))  # LeCam: mean logits of real and of fake images
+        self.register_buffer("averages", torch.zeros(2))  # for LeCam: mean logits of real and fake
 
-    def forward(self, real, fake, r1):
-        """Logits of both batches, each with its own BatchNorm statistics, and R1: |dD(real)/dreal|^2 summed over pixels."""
-        real = real.detach().requires_grad_(r1)
-        logits_real, logits_fake = self.net(real), self.net(fake.detach())
+    def forward(self, real_images, fake_images, r1=False):
+        """Logits of both batches, each with BatchNorm statistics of its own, and with `r1` the R1
+        penalty: |d logits / d real images|^2, summed over pixels."""
+        real_images = real_images.detach().requires_grad_(r1)
+        logits_real = self.net(real_images)  # (B, 1, h, w)
+        logits_fake = self.net(fake_images.detach())
         if not r1:
-            return logits_real, logits_fake, logits_real.new_zeros(())
-        gradient, = torch.autograd.grad(logits_real.sum(), real, create_graph=True)
+            return logits_real, logits_fake, torch.zeros_like(logits_real.sum())
+        (gradient,) = torch.autograd.grad(logits_real.sum(), real_images, create_graph=True)
         return logits_real, logits_fake, gradient.square().sum((1, 2, 3)).mean()
 
 
-class LPIPS(nn.Module):
-    """LPIPS on VGG16 with the lpips package's linear weights; the root is guarded, because flat black images have
-    all-zero features and the package's own root gives NaN gradients there. (B, 3, H, W) in [-1, 1] -> scalar."""
+def lecam_penalty(logits_real, logits_fake, averages):
+    """LeCam (Tseng et al. 2021): real logits shall not rise above the running mean of the fake
+    ones, nor fake logits fall below that of the real ones, by much. It keeps a discriminator of
+    few images from becoming sure of itself. averages (2,): mean logits of real and fake."""
+    real_excess = F.relu(logits_real - averages[1]).square().mean()
+    fake_excess = F.relu(averages[0] - logits_fake).square().mean()
+    return real_excess + fake_excess
 
-    def __init__(self, weights=None):
+
+class LPIPS(nn.Module):
+    """LPIPS on VGG16 with the linear weights of the package lpips: images and target (B, 3, H, W)
+    in [-1, 1] -> scalar. The root is guarded: black images have features that are zero everywhere,
+    for which the package's own formula gives NaN gradients."""
+
+    def __init__(self):
         super().__init__()
         import lpips
         import torchvision
-        self.vgg = load_torchvision(torchvision.models.vgg16, weights, "--vgg_weights").features[:30]
+
+        self.vgg = pretrained(torchvision.models.vgg16).features[:30]
         linear = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
-        self.linear = nn.ParameterList(torch.load(linear, weights_only=True, map_location="cpu").values())  # 5 of (1, c, 1, 1)
+        weights = torch.load(linear, weights_only=True, map_location="cpu")
+        self.linear = nn.ParameterList(weights.values())  # five of (1, channels, 1, 1)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
 
     def features(self, images):
+        """The features behind five of VGG's layers, of unit norm along the channels."""
         x = (images - self.shift) / self.scale
+        features = []
         for i, layer in enumerate(self.vgg):
             x = layer(x)
             if i in (3, 8, 15, 22, 29):  # relu1_2, 2_2, 3_3, 4_3, 5_3
-                yield x.float() * (x.float().square().sum(1, keepdim=True) + 1e-8).rsqrt()
+                norm = (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
+                features.append(x / norm)
+        return features
 
     def forward(self, images, target):
         with torch.no_grad():
-            wanted = list(self.features(target))
-        return sum((w * (a - b).square()).sum(1).mean() for w, a, b in zip(self.linear, self.features(images), wanted))
+            target_features = self.features(target)
+        loss = 0.0
+        for weight, a, b in zip(self.linear, self.features(images), target_features):
+            loss = loss + (weight * (a - b).square()).sum(1).mean()
+        return loss
 
 
 class ConvNextLoss(nn.Module):
-    """MSE between ConvNeXt-S's 1,000 logits of both images at 224 x 224. (B, 3, H, W) in [-1, 1] -> scalar."""
+    """Mean squared difference of the 1,000 logits that ConvNeXt-S gives both images at 224 x 224:
+    images and target (B, 3, H, W) in [-1, 1] -> scalar."""
 
-    def __init__(self, weights=None):
+    def __init__(self):
         super().__init__()
         import torchvision
-        self.net = load_torchvision(torchvision.models.convnext_small, weights, "--convnext_weights")
+
+        self.net = pretrained(torchvision.models.convnext_small)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
     def logits(self, images):
         x = F.interpolate(images / 2 + 0.5, (224, 224), mode="bilinear", antialias=True)
-        return self.net((x - self.mean) / self.std).float()
+        return self.net((x - self.mean) / self.std)
 
     def forward(self, images, target):
         with torch.no_grad():
-            wanted = self.logits(target)
-        return F.mse_loss(self.logits(images), wanted)
+            target_logits = self.logits(target)
+        return F.mse_loss(self.logits(images), target_logits)
 
 
-def load_torchvision(build, file, flag):
-    """A torchvision network with the weights in `file`, or with the downloaded ImageNet ones. Raises InputError."""
+class Perceptual(nn.Module):
+    """The perceptual loss by name: none, vgg, convnext, or both = vgg + 0.1 * convnext."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.vgg = LPIPS() if name in ("vgg", "both") else None
+        self.convnext = ConvNextLoss() if name in ("convnext", "both") else None
+        self.convnext_weight = 0.1 if name == "both" else 1.0
+        self.eval().requires_grad_(False)
+
+    def forward(self, images, target):
+        loss = images.new_zeros(())
+        if self.vgg is not None:
+            loss = loss + self.vgg(images, target)
+        if self.convnext is not None:
+            loss = loss + self.convnext_weight * self.convnext(images, target)
+        return loss
+
+
+def pretrained(build):
+    """A torchvision network with ImageNet weights, which torch keeps in its hub folder."""
     import torchvision
+
     weights = torchvision.models.get_model_weights(build).IMAGENET1K_V1
-    name = weights.url.rpartition("/")[2]
     try:
-        if not file:
-            return build(weights=weights)
-        model = build()
-        model.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
-        return model
-    except Exception as error:
-        raise InputError(f"the perceptual loss needs torchvision's {name} and {file or 'its download'} gave none "
-                         f"({str(error).splitlines()[0]}); give the file as {flag}, or --perceptual none") from None
+        return build(weights=weights)
+    except Exception as error:  # of urllib, of a full disk, of a file cut off
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        raise InputError(
+            f"{weights.url} cannot be loaded ({error}); put the file into {folder}, or train "
+            "with --perceptual none"
+        ) from None
 
 
-def perceptual_losses(kind, vgg_weights, convnext_weights, device):
-    """[(weight, network)] of none, vgg, convnext, or both = vgg + 0.1 * convnext; frozen and in eval mode."""
-    nets = [LPIPS(vgg_weights)] if kind in ("vgg", "both") else []
-    nets += [ConvNextLoss(convnext_weights)] if kind in ("convnext", "both") else []
-    return [(weight, net.eval().requires_grad_(False).to(device)) for weight, net in zip((1.0, 0.1), nets)]
-
-
-@torch.no_grad()
-def evaluate(tokenizer, ar, images, network, machine, args):
-    """Measures over --eval_images held-out images, shared among the ranks, and 16 originals with their reconstructions.
-    With a feature network also rFID of these images."""
-    cfg, count, k = tokenizer.cfg, min(args.eval_images, len(images)), tokenizer.cfg.num_prologue
-    keys = [(i, i * len(images) // count) for i in range(machine.rank, count, machine.world)]  # spread over the classes
-    sums = torch.zeros(5)  # PSNR, L1, nats of prologue, EOS, visual
-    moments = fid.Moments(), fid.Moments()
-    seen = [torch.zeros(0, k + cfg.num_visual, dtype=torch.int64)]
-    pictures = [torch.zeros(0, cfg.image_size, cfg.image_size, 3, dtype=torch.uint8)] * 2
-    for batch, index in images.batches([keys[i:i + 64] for i in range(0, len(keys), 64)], 0):
-        x = to_float(batch[:, 0].to(machine.device))
-        with machine.autocast():
-            codes = tokenizer.encode(x)
-            y = tokenizer.decode(codes)
-            labels = torch.from_numpy(images.labels[index.numpy()]).to(machine.device) * (args.onestage > 0)
-            nats = ar.cross_entropy(codes, labels, reduction="none").cpu() if ar else torch.zeros(1, 1)
-        a, b = to_uint8(x), to_uint8(y)
-        for part, pixels in zip(moments, (a, b) if network else ()):
-            part.add(exact_fp32(machine.device.type)(network.forward)(pixels.to(machine.device))["pool"])
-        pictures = [torch.cat([old, new[::max(1, 16 // machine.world)]])[:16] for old, new in zip(pictures, (a, b))]
-        sums += torch.stack([fid.psnr(a.float(), b.float()).sum(), (x - y).abs().mean((1, 2, 3)).sum().cpu(),
-                             *(part.sum() for part in nats.tensor_split([k, k + (k > 0)], 1))])
-        seen.append(codes.cpu())
-    psnr, l1, *nats = (machine.sum(sums) / count).tolist()
-    values = {"val_psnr": psnr, "val_l1": l1}
-    if ar:
-        values |= dict(zip(("val_nats_prologue", "val_nats_eos", "val_nats_visual"), nats))
-    groups = zip(("prologue", "visual"), torch.cat(seen).tensor_split([k], 1), (cfg.prologue_codebook_size, cfg.codebook_size))
-    for name, codes, size in groups if k else list(groups)[1:]:
-        counts = machine.sum(torch.bincount(codes.flatten(), minlength=size)).double()
-        values[f"val_usage_{name}"] = int((counts > 0).sum())
-        values[f"val_perplexity_{name}"] = torch.special.entr(counts / counts.sum()).sum().exp().item()
-    if network:
-        values["val_rfid"] = fid.frechet_distance(*moments[0].result(), *moments[1].result())
-    return values, pictures
-
-
-def parse_args():
-    parser, size = training_parser("Train a tokenizer.", SIZES, RECIPES)
-    model, recipe, cfg = SIZES[size], RECIPES[size], TokenizerConfig(**SIZES[size])
-    flag = parser.add_argument
-    flag("--data", default=str(EMBEDDED / "train"), help="training images: a folder, or a path into a zip, of class folders")
-    flag("--val_data", help="held-out images; by default the folder val beside a --data named train, else --data")
-    flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
-    flag("--init", metavar="TOKENIZER", help="layout post: the trained 2d tokenizer to freeze")
-    flag("--image_size", type=positive, default=cfg.image_size, help="side in pixels")
-    flag("--patch_size", type=positive, default=cfg.patch_size, help="side in pixels; each patch is a visual token")
-    flag("--codebook_size", type=int, default=cfg.codebook_size, help="visual codes V")
-    flag("--code_dim", type=int, default=cfg.code_dim, help="dimensions of a code")
-    flag("--num_prologue", type=int, default=cfg.num_prologue, help="prologue tokens K")
-    flag("--prologue_codebook_size", type=int, default=cfg.prologue_codebook_size, help="prologue codes P")
-    flag("--tau", type=float, help="temperature of Prob-STE; by default 0.1, and 1 with --direct_ce")
-    flag("--onestage", action="store_true", help="the AR is the final one: labels, 10%% of them dropped, and no stage 2")
-    flag("--direct_ce", action="store_true", help="layouts 1d and 2d: CE on the visual tokens themselves (Fig. 5)")
-    flag("--ar_size", default=recipe["ar_size"], choices=ar_model.SIZES, help="size of the joint AR")
-    flag("--ema_half_life", type=float, default=1000, help="steps; at most a tenth of the steps so far")
-    flag("--ce_weight", type=float, default=3.0, help="lambda: what the encoder's CE gradient is multiplied by")
-    flag("--visual_dropout", type=float, default=0.5, help="share of images whose visual tokens the AR does not see")
-    flag("--perceptual", default=recipe["perceptual"], choices=["none", "vgg", "convnext", "both"],
-         help="both is vgg + 0.1 convnext")
-    flag("--vgg_weights", help="torchvision's VGG16 file, instead of downloading it")
-    flag("--convnext_weights", help="torchvision's ConvNeXt-Small file, instead of downloading it")
-    flag("--gan_weight", type=float, default=recipe["gan_weight"], help="0 trains without a discriminator")
-    flag("--gan_channels", type=int, default=recipe["gan_channels"], help="discriminator width")
-    flag("--lecam_weight", type=float, default=0.001, help="LeCam term of the discriminator")
-    flag("--r1_weight", type=float, default=0.01, help="R1 penalty of the discriminator")
-    flag("--r1_every", type=positive, default=25, help="steps between R1 penalties")
-    flag("--crop", default=recipe["crop"], choices=["none", "center", "random"], help="random is ADM's")
-    flag("--flip", action=argparse.BooleanOptionalAction, default=recipe["crop"] == "random", help="mirror half of the images")
-    flag("--eval_images", type=positive, default=1000, help="held-out images per evaluation")
-    flag("--rfid", action="store_true", help="also measure rFID of these images")
-    flag("--inception", metavar="FILE", help="torch-fidelity's Inception weights for --rfid, instead of downloading them")
-    args = parser.parse_args()
-    keys = ("layout", "image_size", "patch_size", "codebook_size", "code_dim", "num_prologue", "prologue_codebook_size", "tau")
-    if (args.layout == "post") != bool(args.init):
-        parser.error("--layout post and --init TOKENIZER, the trained 2d tokenizer, go together")
-    if args.direct_ce and args.layout not in ("1d", "2d") or args.onestage and args.layout not in ("prologue", "post"):
-        parser.error("--direct_ce is for the layouts 1d and 2d, --onestage for prologue and post")
-    if args.layout == "post":  # nothing but CE trains it
-        args.perceptual, args.gan_weight = "none", 0.0
-        for key in ("image_size", "patch_size", "codebook_size", "code_dim"):
-            if getattr(args, key) != parser.get_default(key):
-                parser.error(f"--{key} has no say with --layout post: it is that of the --init tokenizer")
-    args.tau = args.tau if args.tau is not None else 1.0 if args.direct_ce else cfg.tau
-    args.model = model | {key: getattr(args, key) for key in keys}
-    return args
-
-
-def build(args, machine, classes):
-    """Tokenizer and joint AR (None where no CE trains the tokenizer), the same on every rank."""
+def build_models(args, classes):
+    """Tokenizer and joint AR model, equal on all ranks; None for it where no CE is trained on."""
     torch.manual_seed(args.seed)
-    cfg, ar, frozen = TokenizerConfig(**args.model), None, None
+    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
+    changed = {name: value for name, value in flags.items() if value is not None}
+    cfg = TokenizerConfig(**SIZES[args.size])
+    cfg = replace(cfg, layout=args.layout, tau=args.tau, **changed)
     if args.layout == "post":
         frozen = Tokenizer.load(args.init)
         if frozen.cfg.layout != "2d":
-            raise InputError(f"--init {args.init} has the layout {frozen.cfg.layout}; post needs a trained 2d tokenizer")
-        cfg = replace(frozen.cfg, layout="post", post=cfg.post, num_prologue=args.num_prologue, tau=args.tau,
-                      prologue_codebook_size=args.prologue_codebook_size)
+            raise InputError(f"--init {args.init} has layout {frozen.cfg.layout}, post needs a 2d")
+        cfg = replace(frozen.cfg, layout="post", post=cfg.post, tau=cfg.tau,
+                      num_prologue=cfg.num_prologue,
+                      prologue_codebook_size=cfg.prologue_codebook_size)
     tokenizer = Tokenizer(cfg)
-    if frozen:
-        for name, part in frozen.named_children():
-            getattr(tokenizer, name).load_state_dict(part.state_dict())
+    if args.layout == "post":
+        for name, module in frozen.named_children():
+            getattr(tokenizer, name).load_state_dict(module.state_dict())
             getattr(tokenizer, name).requires_grad_(False)
-    if tokenizer.cfg.num_prologue or args.direct_ce:  # unconditional, unless it is the final one
-        classes = classes if args.onestage else []
-        ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(tokenizer.cfg, num_classes=len(classes), classes=classes,
-                                                         **ar_model.SIZES[args.ar_size]))
-    return tokenizer.to(machine.device), ar and ar.to(machine.device)
+
+    if cfg.num_prologue == 0 and not args.direct_ce:
+        return tokenizer, None
+    if not args.onestage:
+        classes = []  # the joint AR model is unconditional
+    ar_cfg = ARConfig.for_tokenizer(cfg, num_classes=len(classes), classes=classes,
+                                    **ar_file.SIZES[args.ar_size])
+    return tokenizer, AR(ar_cfg)
 
 
-def discriminator_loss(discriminator, real, fake, averages, args, r1):
-    """Vanilla GAN loss, LeCam towards the averages (real, fake) of mean logits, R1; and the mean logits of this batch."""
-    logits_real, logits_fake, penalty = discriminator(real, fake, r1)
-    logits_real, logits_fake = logits_real.float(), logits_fake.float()
-    loss = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
-    lecam = F.relu(logits_real - averages[1]).square().mean() + F.relu(averages[0] - logits_fake).square().mean()
-    loss = loss + args.lecam_weight * lecam + args.r1_weight / 2 * penalty
-    return loss, torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
+# Optimization
+
+
+def adamw_groups(module, betas, weight_decay):
+    """AdamW's parameter groups of a module: weight decay falls on matrices only."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim < 2]
+    return [dict(params=matrices, betas=betas, weight_decay=weight_decay),
+            dict(params=vectors, betas=betas, weight_decay=0.0)]
+
+
+def learning_rate(step, args):
+    """Of step 1, 2, ...: linear warmup, --hold steps at --lr, then linear decay to --min_lr."""
+    if step <= args.warmup:
+        return args.lr * step / args.warmup
+    decay_steps = max(1, args.steps - args.warmup - args.hold)
+    done = (step - args.warmup - args.hold) / decay_steps
+    return args.lr + (args.min_lr - args.lr) * min(1, max(0, done))
+
+
+@torch.no_grad()
+def update_ema(ema, model, half_life):
+    """ema <- model, so that after `half_life` steps half of what was there is left."""
+    weight = 1 - 0.5 ** (1 / half_life)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
+
+
+# Data
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed, epoch, count):
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def visited_image(seed, visit, count):
+    """Which of `count` images the run looks at on its visit number 0, 1, ...: one random order of
+    all images after another, without a gap. It depends on nothing else, so a run may be resumed on
+    another number of ranks."""
+    return int(epoch_order(seed, visit // count, count)[visit % count])
+
+
+def training_view(images, visit, size, args):
+    """The crop of a visit, mirrored half of the time with --flip, and its index: uint8 (3, size,
+    size). All that is random in it is decided by (seed, visit)."""
+    index = visited_image(args.seed, visit, len(images))
+    rng = random.Random(f"{args.seed} {visit}")
+    image = images.open(index)
+    if args.crop == "random":
+        view = random_crop(image, size, rng)
+    elif args.crop == "center":
+        view = center_crop(image, size)
+    else:
+        view = no_crop(image, size, images.names[index])
+    if args.flip and rng.random() < 0.5:
+        view = view[:, ::-1]
+    return view.transpose(2, 0, 1)
+
+
+def held_out_view(images, index, size, args):
+    """uint8 (3, size, size) without chance"""
+    image = images.open(index)
+    if args.crop == "none":
+        view = no_crop(image, size, images.names[index])
+    else:
+        view = center_crop(image, size)
+    return view.transpose(2, 0, 1)
+
+
+# Held-out measures
+
+
+@torch.no_grad()
+def evaluate(tokenizer, ar, images, args, device, autocast, rank, world_size):
+    """Measures of --eval_images held-out images, of which each rank takes a share: a dict with
+    PSNR in dB, L1, and for both codebooks how many codes are used and their perplexity; with an AR
+    model also nats per image and top-1 accuracy of each token group."""
+    cfg = tokenizer.cfg
+    count = min(args.eval_images, len(images))
+    indices = [i * len(images) // count for i in range(rank, count, world_size)]  # of all classes
+    batches = [indices[i : i + 64] for i in range(0, len(indices), 64)]
+    load = functools.partial(held_out_view, images, size=cfg.image_size, args=args)
+    sums = defaultdict(float)
+    for batch, batch_indices in zip(load_batches(load, batches, args.num_workers), batches):
+        x = to_float(batch.to(device))  # (B, 3, H, W)
+        with autocast:
+            codes = tokenizer.encode(x)  # (B, K+N)
+            y = tokenizer.decode(codes)
+        levels_x = to_uint8(x).float()
+        levels_y = to_uint8(y).float()
+        mse = (levels_x - levels_y).square().mean((1, 2, 3))  # (B,)
+        sums["psnr"] += (10 * (255**2 / mse.clamp_min(1e-10)).log10()).sum().item()
+        sums["l1"] += (x - y).abs().mean((1, 2, 3)).sum().item()
+        if ar is not None:
+            labels = images.labels[batch_indices] if args.onestage else torch.zeros(len(x)).long()
+            with autocast:
+                measures = ar.measure(codes, labels.to(device))
+            for name, values in measures.items():
+                sums[name] += values.sum().item()
+        prologue, visual = codes.cpu().split([cfg.num_prologue, cfg.num_visual], 1)
+        sums["visual"] += torch.bincount(visual.flatten(), minlength=cfg.codebook_size)
+        if cfg.num_prologue > 0:
+            size = cfg.prologue_codebook_size
+            sums["prologue"] += torch.bincount(prologue.flatten(), minlength=size)
+
+    if world_size > 1:
+        of_each_rank = [None] * world_size
+        dist.all_gather_object(of_each_rank, sums)
+        sums = defaultdict(float)
+        for part in of_each_rank:
+            for name, value in part.items():
+                sums[name] += value
+
+    result = {}
+    for name, value in sums.items():
+        if name in ("prologue", "visual"):  # how often each code occurs
+            share = value.double() / value.sum()
+            result[f"val_usage_{name}"] = int((value > 0).sum())
+            result[f"val_perplexity_{name}"] = torch.special.entr(share).sum().exp().item()
+        else:
+            result[f"val_{name}"] = value / count
+    return result
+
+
+@torch.no_grad()
+def save_pictures(path, tokenizer, images, args, device, autocast):
+    """16 held-out images, each row above the row of its reconstructions."""
+    indices = [i * len(images) // 16 for i in range(16)]
+    views = [held_out_view(images, i, tokenizer.cfg.image_size, args) for i in indices]
+    x = to_float(torch.from_numpy(np.stack(views)).to(device))
+    with autocast:
+        y = tokenizer.decode(tokenizer.encode(x))
+    x = to_uint8(x)
+    y = to_uint8(y)
+    save_grid(path, [x[:8], y[:8], x[8:], y[8:]])
+
+
+# State and log
+
+
+def save_state(path, step, fixed, args, modules, optimizers):
+    """Writes all that `load_state` needs. Raises InputError, and leaves the state that is there,
+    if weights are not finite."""
+    for name, module in modules.items():
+        if not all(p.isfinite().all() for p in module.parameters()):
+            raise InputError(f"step {step}: the weights of {name} are not finite, nothing is saved")
+    state = {"step": step, "fixed": fixed, "args": args}
+    for name, part in (modules | optimizers).items():
+        state[name] = part.state_dict()
+    with writing(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path, fixed, args, rank, world_size):
+    """The state at `path`, or None where there is none. Raises InputError if it belongs to another
+    run: `fixed` must be equal, other flags may have changed and are named."""
+    found = torch.tensor([float(path.exists())])
+    if world_size > 1:
+        dist.all_reduce(found)
+    if found == 0:
+        if rank == 0:
+            print(f"--resume: there is no {path}, so this run begins at step 1")
+        return None
+    if found < world_size:
+        raise InputError(
+            f"not all ranks see {path}: --out must be in a file system that they share"
+        )
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        before = state["fixed"]
+        args_before = state["args"]
+    except Exception as error:  # of pickle, zipfile or torch
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
+    for name, value in fixed.items():
+        if before.get(name) != value:
+            raise InputError(f"--resume: {path} was made with {name} {before.get(name)}, this run "
+                             f"has {value}")
+    if rank == 0:
+        print(f"going on from step {state['step']}")
+        for name, value in args.items():
+            if name in args_before and args_before[name] != value and name != "resume":
+                print(f"note: --{name} was {args_before[name]} and is now {value}")
+    return state
+
+
+def start_log(path, step):
+    """Keeps of an earlier log what a run that begins behind `step` goes on from: the whole lines up
+    to that step."""
+    kept = []
+    if step > 0 and path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a kill
+    with writing(path) as temporary:
+        temporary.write_text("".join(kept))
+
+
+def write_log(path, entry):
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def as_text(entry):
+    """{"step": 50, "l1": 0.12345} -> "step 50  l1 0.1235" """
+    words = []
+    for name, value in entry.items():
+        words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
+    return "  ".join(words)
+
+
+# The script
+
+# Flags that change the tokenizer; those left out are those of --size.
+MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_prologue",
+               "prologue_codebook_size")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description="Train a tokenizer. Defaults are the tiny demo's, recipes/ has the paper's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+
+    # Data
+    flag("--data", default=str(EMBEDDED / "train"),
+         help="training images: a folder, zip, or path into a zip, with a folder for each class")
+    flag("--val_data",
+         help="held-out images; by default the folder val beside a --data named train, else --data")
+    flag("--crop", default="center", choices=["none", "center", "random"],
+         help="random is ADM's; none wants images that have the size")
+    flag("--flip", action="store_true", help="mirror half of the images")
+
+    # Tokenizer
+    flag("--size", default="tiny", choices=SIZES, help="of encoder and decoder")
+    flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
+    flag("--init", metavar="TOKENIZER", help="layout post: the trained 2d tokenizer to freeze")
+    flag("--image_size", type=whole(1),
+         help="side in pixels; like the next five by default that of --size")
+    flag("--patch_size", type=whole(1), help="side in pixels; each patch is a visual token")
+    flag("--codebook_size", type=whole(2), help="visual codes V")
+    flag("--code_dim", type=whole(1), help="dimensions of a code")
+    flag("--num_prologue", type=whole(1), help="prologue tokens K")
+    flag("--prologue_codebook_size", type=whole(2), help="prologue codes P")
+    flag("--tau", type=real(1e-3), default=0.1, help="temperature of Prob-STE")
+
+    # Joint AR model
+    flag("--ar_size", default="nano", choices=ar_file.SIZES, help="of the joint AR model")
+    flag("--onestage", action="store_true",
+         help="the AR model is the final one: it sees the classes, there is no stage 2")
+    flag("--direct_ce", action="store_true",
+         help="layouts 1d and 2d: cross-entropy on the visual tokens themselves (Fig. 5)")
+    flag("--ce_weight", type=real(0), default=3.0,
+         help="lambda: factor of CE's gradient into the tokenizer")
+    flag("--visual_dropout", type=real(0, 1), default=0.5,
+         help="share of images whose visual tokens are hidden from the AR model")
+
+    # Losses
+    flag("--perceptual", default="none", choices=["none", "vgg", "convnext", "both"],
+         help="vgg is LPIPS; both is vgg + 0.1 convnext")
+    flag("--gan_weight", type=real(0), default=0.02, help="0 trains without a discriminator")
+    flag("--gan_channels", type=whole(1), default=16, help="width of the discriminator")
+    flag("--lecam_weight", type=real(0), default=0.001, help="of the discriminator's LeCam term")
+    flag("--r1_weight", type=real(0), default=0.01, help="of the discriminator's R1 penalty")
+    flag("--r1_every", type=whole(1), default=25, help="steps between R1 penalties")
+
+    # Optimization
+    flag("--steps", type=whole(1), default=2000,
+         help="of the whole run; the learning rate follows it")
+    flag("--batch_size", type=whole(1), default=32, help="images per step, over all ranks together")
+    flag("--micro_batch_size", type=whole(1),
+         help="images per forward and rank, to save memory; by default all of a rank")
+    flag("--gradient_checkpointing", action="store_true",
+         help="less memory: blocks run once more in the backward")
+    flag("--lr", type=real(0), default=5e-4, help="learning rate after the warmup")
+    flag("--min_lr", type=real(0), default=5e-5, help="learning rate at the last step")
+    flag("--warmup", type=whole(0), default=50, help="steps of linear warmup")
+    flag("--hold", type=whole(0), default=1000, help="steps at --lr before the linear decay")
+    flag("--ema_half_life", type=real(1e-3), default=1000,
+         help="steps; at most a tenth of the steps so far")
+    flag("--seed", type=whole(0), default=0, help="of everything random")
+
+    # Machine and files
+    flag("--out", default="out", help="folder for everything that is written")
+    flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
+    flag("--log_every", type=whole(1), default=50, help="steps between lines of the log")
+    flag("--eval_every", type=whole(1), default=500,
+         help="steps between held-out measures and pictures")
+    flag("--eval_images", type=whole(1), default=1000, help="held-out images for the measures")
+    flag("--save_every", type=whole(1), default=500, help="steps between saved states")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+         help="auto is what torch finds")
+    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
+         help="auto is bf16 on CUDA, else fp32")
+    flag("--compile", action="store_true", help="torch.compile the transformer blocks")
+    flag("--num_workers", type=whole(0), default=min(8, os.cpu_count()),
+         help="threads that decode images, per rank")
+    args = parser.parse_args()
+
+    if (args.layout == "post") != (args.init is not None):
+        parser.error("--layout post and --init TOKENIZER, its trained 2d tokenizer, go together")
+    if args.direct_ce and args.layout not in ("1d", "2d"):
+        parser.error("--direct_ce is for the layouts 1d and 2d")
+    if args.onestage and args.layout not in ("prologue", "post"):
+        parser.error("--onestage is for the layouts prologue and post")
+    if args.layout == "post":
+        for name in ("image_size", "patch_size", "codebook_size", "code_dim"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} cannot be set with --layout post: --init decides it")
+        args.perceptual = "none"  # only CE trains it, there is no reconstruction to judge
+        args.gan_weight = 0.0
+    return args
 
 
 def main():
     args = parse_args()
-    machine, out = Machine(args), Path(args.out)
-    per_rank, micro = machine.split(args)
-    if args.gan_weight and (micro < 2 or args.image_size < 24):
-        raise InputError(f"the discriminator needs 2 images of 24 pixels per forward, here are {micro} of {args.image_size} "
-                         "pixels: raise --batch_size or --image_size, or train without it by --gan_weight 0")
-    images = Images(args.data, args.image_size, args.crop, args.flip, args.seed, train=True)
-    tokenizer, ar = build(args, machine, images.classes)
-    size, val_data = tokenizer.cfg.image_size, args.val_data or default_val(args.data) or args.data
-    images.size = size  # the layout post takes it from --init
-    if val_data == args.data:
-        machine.print(f"no held-out data (--val_data): measures are taken on {args.data} itself")
-    val = Images(val_data, size, "none" if args.crop == "none" else "center")
-    if args.onestage and val.classes != images.classes:
-        raise InputError(f"--onestage: {val_data} has other classes than {args.data}; give held-out images as --val_data")
-    network = fid.feature_network("auto", size, args.inception, machine.device)[1] if args.rfid else None
+    out = Path(args.out)
+
+    # Device and ranks: torchrun sets these variables, without it one process does everything
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    available = "cpu"
+    if torch.accelerator.is_available():
+        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
+    if args.device not in ("auto", "cpu", available):
+        raise InputError(f"--device {args.device}: torch finds only {available} here")
+    device = torch.device(available if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
+        torch.backends.cudnn.benchmark = True
+    if args.dtype == "auto":
+        args.dtype = "bf16" if device.type == "cuda" else "fp32"
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
+    if args.compile and device.type == "cpu" and not shutil.which("g++"):
+        raise InputError("--compile needs the compiler g++ on a CPU, and there is none here")
+    if world_size > 1:
+        # Losses and gradients travel by nccl between GPUs, what stands on the CPU by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if rank == 0:
+        backend = attention_backend(device, dtype)
+        print(f"{world_size} x {device.type}, {args.dtype}, attention by {backend}", flush=True)
+
+    # Batch: each rank takes its share of the global one, in one or more micro-batches
+    per_rank = args.batch_size // world_size
+    micro = args.micro_batch_size or per_rank
+    if args.batch_size % world_size or per_rank % micro:
+        raise InputError(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
+                         f"with micro-batches of {micro}")
+
+    # Data
+    images = Images(args.data)
+    val_data = args.val_data or default_val(args.data) or args.data
+    val_images = Images(val_data)
+    if val_data == args.data and rank == 0:
+        print(f"no held-out images (--val_data): what is measured is measured on {args.data}")
+    if args.onestage and val_images.classes != images.classes:
+        raise InputError(f"--onestage: {val_data} has other classes than {args.data}")
+
+    # Models
+    tokenizer, ar = build_models(args, images.classes)
+    tokenizer.to(device)
+    if ar is not None:
+        ar.to(device)
+    size = tokenizer.cfg.image_size
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
-    gan = Discriminator(args.gan_channels).to(machine.device) if args.gan_weight else None
-    perceptual = perceptual_losses(args.perceptual, args.vgg_weights, args.convnext_weights, machine.device)
-    parts = [(tokenizer, (0.0, 0.99), 0.0)] + ([(ar, (0.9, 0.99), 0.03)] if ar else [])
-    optimizers = [torch.optim.AdamW(param_groups(parts), lr=args.lr, fused=True)]
-    if gan:
-        optimizers.append(torch.optim.AdamW(gan.parameters(), lr=args.lr, betas=(0.0, 0.99), weight_decay=1e-4, fused=True))
-    state = {"tokenizer": tokenizer, "ema": ema} | ({"ar": ar} if ar else {}) | ({"gan": gan} if gan else {})
-    state |= zip(("optimizer", "gan_optimizer"), optimizers)
-    settings = asdict(tokenizer.cfg) | {"batch_size": args.batch_size, "seed": args.seed, "ar_size": args.ar_size,
-                                        "names": images.digest(), "ce_weight": args.ce_weight, "onestage": args.onestage,
-                                        "direct_ce": args.direct_ce, "gan_channels": args.gan_channels if gan else 0}
-    start = load_state(out / "train_stage1.pt", args.resume, settings, state, machine)
-    Transformer.gradient_checkpointing = args.gradient_checkpointing
-    if machine.compile:  # in place, so that the names of the weights stay as they are
-        for part in filter(None, (tokenizer.encoder, tokenizer.decoder, getattr(tokenizer, "post_encoder", None), ar)):
-            part.transformer.compile()
-    stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
     final = tokenizer if args.onestage else ema  # the weights that are used afterwards
-    model, discriminator = machine.wrap(stage1), gan and machine.wrap(gan)
+    perceptual_loss = Perceptual(args.perceptual).to(device)
+    gan = None
+    if args.gan_weight > 0:
+        if micro < 2 or size < 24:
+            raise InputError("the discriminator needs 2 images of 24 pixels or more per forward, "
+                             f"here are {micro} of {size}; train without it by --gan_weight 0")
+        gan = Discriminator(args.gan_channels).to(device)
+    if rank == 0:
+        parameters = sum(p.numel() for p in tokenizer.parameters()) / 1e6
+        print(f"{args.layout}: {parameters:.1f}M parameters, {len(images)} images", flush=True)
 
-    def visits():
-        """For each forward of this rank, its list of (visit, index); `visit` counts images over the whole run."""
-        for step in range(start, args.steps):
-            for i in range(machine.rank * per_rank, (machine.rank + 1) * per_rank, micro):
-                numbers = range(step * args.batch_size + i, step * args.batch_size + i + micro)
-                yield list(zip(numbers, visited(args.seed, len(images), numbers)))
+    # Optimizers. beta1 is 0 for the two players of the GAN: momentum would push a player on
+    # against an opponent that has moved meanwhile.
+    groups = adamw_groups(tokenizer, betas=(0.0, 0.99), weight_decay=0.0)
+    if ar is not None:
+        groups += adamw_groups(ar, betas=(0.9, 0.99), weight_decay=0.03)
+    optimizers = {"optimizer": torch.optim.AdamW(groups, lr=args.lr, fused=True)}
+    if gan is not None:
+        optimizers["gan_optimizer"] = torch.optim.AdamW(
+            gan.parameters(), lr=args.lr, betas=(0.0, 0.99), weight_decay=1e-4, fused=True
+        )
 
-    def save(step):
-        if machine.rank == 0:
-            final.save(out / "tokenizer.safetensors")
+    # Resume
+    modules = {"tokenizer": tokenizer, "ema": ema}
+    if ar is not None:
+        modules["ar"] = ar
+    if gan is not None:
+        modules["gan"] = gan
+    fixed = dict(  # what a run that goes on must have in common with the one before
+        tokenizer=asdict(tokenizer.cfg),
+        ar=None if ar is None else asdict(ar.cfg),
+        gan_channels=None if gan is None else args.gan_channels,
+        direct_ce=args.direct_ce,
+        images=images.digest(),
+        crop=args.crop,
+        flip=args.flip,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    start_step = 0
+    if args.resume:
+        state = load_state(out / "train_stage1.pt", fixed, vars(args), rank, world_size)
+        if state is not None:
+            start_step = state["step"]
+            for name, part in (modules | optimizers).items():
+                part.load_state_dict(state[name])
+
+    # Compilation and ranks. Block by block, so that equal blocks are compiled once.
+    stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
+    for module in stage1.modules():
+        if isinstance(module, Transformer):
+            module.gradient_checkpointing = args.gradient_checkpointing
+            if args.compile:
+                for block in module.blocks:
+                    block.compile(dynamic=False)
+    model = stage1
+    discriminator = gan
+    if world_size > 1:
+        # Buffers of BatchNorm copied between ranks would change tensors a backward still needs.
+        model = DistributedDataParallel(stage1, broadcast_buffers=False)
+        if gan is not None:
+            discriminator = DistributedDataParallel(gan, broadcast_buffers=False)
+
+    # Batches: the visit numbers of this rank in a step, a list for each micro-batch, and a loader
+    # that runs ahead of the loop
+    def visits_of_step(step):
+        first = (step - 1) * args.batch_size + rank * per_rank
+        return [range(i, i + micro) for i in range(first, first + per_rank, micro)]
+
+    steps = range(start_step + 1, args.steps + 1)
+    all_visits = (visits for step in steps for visits in visits_of_step(step))
+    load = functools.partial(training_view, images, size=size, args=args)
+    loader = load_batches(load, all_visits, args.num_workers)
+
+    # Whoever sends SIGTERM or presses Ctrl-C gets a saved state, after the current step
+    stop = torch.zeros(1)
+    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
+    signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))
+
+    # The loop
+    if rank == 0:
+        start_log(out / "train_stage1.jsonl", start_step)
+    stage1.train()
+    zero = torch.zeros((), device=device)
+    skipped = torch.zeros((), device=device)  # steps in a row
+    clock = time.perf_counter()
+    clock_step = start_step
+    for step in steps:
+        # Learning rate
+        for optimizer in optimizers.values():
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
+
+        # What is random in a step is drawn for the whole batch, of which a rank takes its share
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        of_rank = slice(rank * per_rank, (rank + 1) * per_rank)
+        drop = torch.rand(args.batch_size, generator=generator)[of_rank] < args.visual_dropout
+        unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < 0.1
+
+        terms = defaultdict(float)  # of the loss, for the log
+        for i, visits in enumerate(visits_of_step(step)):
+            # A micro-batch of images
+            x = next(loader)  # (B, 3, H, W) uint8
+            if device.type == "cuda":
+                x = x.pin_memory()  # only then can the copy go on beside other work
+            x = to_float(x.to(device, non_blocking=device.type == "cuda"))
+            of_micro = slice(i * micro, (i + 1) * micro)
+            labels = torch.zeros(micro, dtype=torch.int64)  # a joint AR model knows no classes
+            if args.onestage:
+                labels = images.labels[[visited_image(args.seed, v, len(images)) for v in visits]]
+                labels = labels.masked_fill(unlabelled[of_micro], len(images.classes))
+            labels = labels.to(device)
+            hidden = drop[of_micro].to(device)
+            if world_size > 1:  # gradients travel between the ranks once per step
+                last_micro = i == per_rank // micro - 1
+                model.require_backward_grad_sync = last_micro
+                if gan is not None:
+                    discriminator.require_backward_grad_sync = last_micro
+
+            # Forward and losses
+            with autocast:
+                y, vq, ce = model(x, labels, hidden)
+            l1 = zero
+            perceptual = zero
+            gan_loss = zero
+            if y is not None:
+                l1 = F.l1_loss(y, x)
+                perceptual = perceptual_loss(y, x)
+            if gan is not None:
+                gan.requires_grad_(False)  # this gradient is for the tokenizer alone
+                with autocast:
+                    logits = gan.net(y)
+                gan_loss = F.softplus(-logits.float()).mean()
+                gan.requires_grad_(True)
+            loss = l1 + vq + perceptual + args.gan_weight * gan_loss + ce
+
+            # Backward
+            (loss * micro / per_rank).backward()
+            micro_terms = dict(l1=l1, vq=vq, perceptual=perceptual, gan=gan_loss, ce=ce)
+
+            # Discriminator, on the same images and reconstructions
+            if gan is not None:
+                with_r1 = args.r1_weight > 0 and step % args.r1_every == 0
+                bf16 = args.dtype == "bf16" and not with_r1  # R1 differentiates twice, in fp32
+                with torch.autocast(device.type, dtype, enabled=bf16):
+                    logits_real, logits_fake, r1 = discriminator(x, y, with_r1)
+                logits_real = logits_real.float()
+                logits_fake = logits_fake.float()
+                means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
+                if world_size > 1:
+                    dist.all_reduce(means)
+                    means = means / world_size
+                means = means.where(means.isfinite(), gan.averages)
+                gan.averages.lerp_(means, (1 - 0.999) * micro / per_rank)
+                lecam = lecam_penalty(logits_real, logits_fake, gan.averages)
+                vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+                gan_d = vanilla + args.lecam_weight * lecam + args.r1_weight / 2 * r1
+                (gan_d * micro / per_rank).backward()
+                micro_terms |= dict(discriminator=gan_d, lecam=lecam, r1=r1)
+                micro_terms |= dict(logits_real=means[0], logits_fake=means[1])
+            for name, value in micro_terms.items():
+                terms[name] += value.detach() * micro / per_rank
+
+        # Step. Where a gradient is not finite, and then it is on all ranks, found_inf makes fused
+        # AdamW leave everything as it was; no value has to come to the CPU for that.
+        finite = torch.ones((), device=device, dtype=torch.bool)
+        for name, optimizer in optimizers.items():
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            finite &= norm.isfinite()
+            optimizer.found_inf = (~norm.isfinite()).float()
+            optimizer.step()
+            terms[f"gradient_of_{name}"] = norm
+        skipped = (skipped + 1) * (~finite)
+
+        # EMA, over less than its half-life as long as there is little to average over
+        update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * step))
+
+        # All ranks stop at the same step
+        if world_size > 1:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)
+        last = step == args.steps or bool(stop)
+
+        # Log
+        if step % args.log_every == 0 or last:
+            values = torch.stack(list(terms.values()))
+            if world_size > 1:
+                dist.all_reduce(values)
+            means = (values / world_size).tolist()
+            seconds = time.perf_counter() - clock
+            entry = {"step": step, "images": step * args.batch_size} | dict(zip(terms, means))
+            entry["lr"] = learning_rate(step, args)
+            entry["images_per_s"] = (step - clock_step) * args.batch_size / seconds
+            if rank == 0:
+                left = (args.steps - step) * args.batch_size / entry["images_per_s"]
+                write_log(out / "train_stage1.jsonl", entry)
+                print(f"{as_text(entry)}  {left / 60:.0f} min left", flush=True)
+            if skipped >= 10:
+                bad = [name for name in terms if not math.isfinite(entry[name])]
+                raise InputError(f"{bad[0]} has not been finite for {int(skipped)} steps, which "
+                                 "were skipped; try --resume with a lower --lr")
+            clock = time.perf_counter()
+            clock_step = step
+
+        # Save, before the measures: whoever asks a run to stop may not wait for them
+        pause = time.perf_counter()
+        if step % args.save_every == 0 or last:
             if args.onestage:
                 ar.cfg.tokenizer = final.fingerprint()
-            if ar:
-                ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
-            save_state(out / "train_stage1.pt", step, settings, state)
+            if rank == 0:
+                save_state(out / "train_stage1.pt", step, fixed, vars(args), modules, optimizers)
+                final.save(out / "tokenizer.safetensors")
+                if ar is not None:
+                    ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
 
-    def measure():
-        values, (originals, decoded) = evaluate(final, ar, val, network, machine, args)
-        if machine.rank == 0:
-            save_grid(out / "train_stage1.png", [originals[:8], decoded[:8], originals[8:], decoded[8:]])
-        return values
+        # Held-out measures and pictures
+        if step % args.eval_every == 0 or step == args.steps:
+            with torch.compiler.set_stance("force_eager"):  # other batch sizes than the loop's
+                entry = evaluate(final, ar, val_images, args, device, autocast, rank, world_size)
+                if rank == 0:
+                    write_log(out / "train_stage1.jsonl", {"step": step} | entry)
+                    print(f"  held out: {as_text(entry)}", flush=True)
+                    picture = out / "train_stage1.png"
+                    save_pictures(picture, final, val_images, args, device, autocast)
+        clock += time.perf_counter() - pause  # this time does not count in images_per_s
 
-    progress, referee = Progress(out / "train_stage1.jsonl", machine, args, start), Referee(machine)
-    loader = iter(images.batches(visits(), args.num_workers))
-    for step in range(start, args.steps):
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, args)
-            optimizer.zero_grad()
-        generator = step_generator(args.seed, step)
-        drop = machine.share(torch.rand(args.batch_size, generator=generator) < args.visual_dropout)
-        labelled = machine.share(torch.rand(args.batch_size, generator=generator) >= 0.1)
-        terms, logits = {}, torch.zeros(2, device=machine.device)
-        r1 = gan is not None and args.r1_weight > 0 and step % args.r1_every == 0
-        for i in range(0, per_rank, micro):
-            batch, index = next(loader)
-            x = to_float(batch[:, 0].to(machine.device, non_blocking=True))
-            labels = torch.from_numpy(images.labels[index.numpy()] * args.onestage)  # the joint AR knows none but 0
-            labels = labels.where(labelled[i:i + micro], len(images.classes) * args.onestage)
-            more = i + micro < per_rank  # gradients travel between ranks once per step
-            with machine.unsynced(model, more), machine.unsynced(discriminator, more and gan):
-                with machine.autocast():
-                    y, _, vq, ce = model(x, labels.to(machine.device), drop[i:i + micro].to(machine.device))
-                    part = {} if ce is None else {"ce": ce}
-                    if y is not None:
-                        part |= {"l1": F.l1_loss(y, x), "vq": vq}
-                    if perceptual:
-                        part["perceptual"] = sum(weight * net(y, x) for weight, net in perceptual)
-                    if gan:
-                        gan.requires_grad_(False)
-                        part["gan"] = F.softplus(-gan.net(y).float()).mean()
-                        gan.requires_grad_(True)
-                loss = sum((args.gan_weight if name == "gan" else 1) * value for name, value in part.items())
-                (loss * micro / per_rank).backward()
-                if gan:
-                    with contextlib.nullcontext() if r1 else machine.autocast():  # R1 differentiates twice: in fp32
-                        part["discriminator"], mean = discriminator_loss(discriminator, x, y, gan.averages, args, r1)
-                    (part["discriminator"] * micro / per_rank).backward()
-                    logits += mean * micro / per_rank
-            terms = {name: terms.get(name, 0) + value.detach() * micro / per_rank for name, value in part.items()}
-        terms["gradient"] = torch.nn.utils.get_total_norm(p.grad for p in stage1.parameters() if p.grad is not None)
-        if referee.step_counts(terms):
-            for optimizer in optimizers:
-                optimizer.step()
-            if gan:
-                gan.averages.lerp_(machine.sum(logits).to(machine.device) / machine.world, 1 - 0.999)
-            update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * (step + 1)))
-        logged = terms | dict(zip(("logits_real", "logits_fake"), logits if gan else ()))
-        if progress.end_step(step, referee, logged, measure, save):
+        if last:
             break
+
+    if rank == 0 and stop:
+        print(f"asked to stop: saved after step {step}, go on with --resume")
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

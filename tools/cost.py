@@ -1,98 +1,138 @@
-"""What each recipe costs on paper: counted FLOPs per image, GPU-hours at a stated MFU, and the memory of its state.
+"""What each recipe costs on paper: counted FLOPs, GPU-hours at an assumed MFU, memory of the state.
 
     python tools/cost.py                            # A100: 312 TFLOP/s in bf16, MFU 40%
     python tools/cost.py --tflops 990 --mfu 0.4     # H100
 
-FLOPs are counted by torch on the meta device over one training step of one image, forward and backward, perceptual network and
-discriminator included. Memory is that of weights, gradients, AdamW's two moments (16 bytes a parameter) and EMA (4 bytes).
+torch counts the FLOPs of one training step, forward and backward, perceptual network and
+discriminator included, on tensors that have a shape and no memory. The state is what a run keeps
+whatever its batch size: weights, gradients and AdamW's two moments, 16 bytes for each parameter,
+and 4 more for each parameter that has an EMA.
 """
+
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
 import torch
+import torchvision
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ar as ar_model
-import tokenizer as tokenizer_file
-import train_stage1
-from tokenizer import SIZES, Tokenizer, TokenizerConfig
+import ar as ar_file
+from ar import AR, ARConfig
+from tokenizer import SIZES, Tokenizer, TokenizerConfig, real
+from train_stage1 import Discriminator, Stage1
 
-tokenizer_file.exact_fp32 = lambda device: contextlib.nullcontext()  # there is no autocast on the meta device
-PAPER = {"Prologue-Base": 30 * 8, "Prologue-Large": 44 * 8, "AR B-B": 13 * 8, "AR L-L": 25 * 8, "AR L-XL": 25 * 32}  # A100-hours
+# What recipes/*.sh train. The hours are those of the paper's appendix E, hours times A100s.
+STAGE1 = {
+    "Prologue-Base": dict(size="B", perceptual="vgg", steps=750_000, batch_size=256,
+                          paper_hours=30 * 8),
+    "Prologue-Large": dict(size="L", perceptual="convnext", steps=1_000_000, batch_size=256,
+                           paper_hours=44 * 8),
+}
+STAGE2 = {
+    "AR B-B": dict(tokenizer="B", size="B", steps=1_000_000, batch_size=512, paper_hours=13 * 8),
+    "AR B-L": dict(tokenizer="B", size="L", steps=1_000_000, batch_size=512, paper_hours=None),
+    "AR B-XL": dict(tokenizer="B", size="XL", steps=1_000_000, batch_size=512, paper_hours=None),
+    "AR L-B": dict(tokenizer="L", size="B", steps=500_000, batch_size=2048, paper_hours=None),
+    "AR L-L": dict(tokenizer="L", size="L", steps=500_000, batch_size=2048, paper_hours=25 * 8),
+    "AR L-XL": dict(tokenizer="L", size="XL", steps=593_750, batch_size=2048, paper_hours=25 * 32),
+}
 
 
-def count(function):
+def num_parameters(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def cost_of_stage1(size, network, side):
+    """FLOPs per image and bytes of the state; network: of the perceptual loss, which sees images of
+    side x side pixels. For tensors without memory, see `count`.
+    """
+    batch = 2
+    tokenizer = Tokenizer(TokenizerConfig(**SIZES[size]))
+    ar = AR(ARConfig.for_tokenizer(tokenizer.cfg, num_classes=0, **ar_file.SIZES["S"]))
+    stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
+    gan = Discriminator(64)
+    x = torch.empty(batch, 3, 256, 256)
+    labels = torch.empty(batch, dtype=torch.int64)
+    drop = torch.empty(batch, dtype=torch.bool)
+
+    # A step as in train_stage1.py; means stand in for the losses, which cost next to nothing.
     with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+        y, vq, ce = stage1(x, labels, drop)
+        gan.requires_grad_(False)
+        loss = y.mean() + vq + ce + gan.net(y).mean() + network(y[:, :, :side, :side]).mean()
+        loss.backward()
+        network(x[:, :, :side, :side])  # the target's side of the perceptual loss
+        gan.requires_grad_(True)
+        logits_real, logits_fake, _ = gan(x, y)
+        (logits_real.mean() + logits_fake.mean()).backward()
+
+    state = 20 * num_parameters(tokenizer) + 16 * num_parameters(ar, gan)
+    return counter.get_total_flops() / batch, state
 
 
-def networks(size, ar_size, classes):
-    """Tokenizer and AR model of a size on the meta device."""
-    with torch.device("meta"):
-        tokenizer = Tokenizer(TokenizerConfig(**SIZES[size]))
-        ar = ar_model.AR(ar_model.ARConfig.for_tokenizer(tokenizer.cfg, num_classes=classes, **ar_model.SIZES[ar_size]))
-        for part in (tokenizer.encoder, tokenizer.decoder, ar):
-            part.angles = part.angles.to("meta")
-    return tokenizer, ar
+def cost_of_stage2(tokenizer, size):
+    """FLOPs per image and bytes of the state. For tensors without memory, see `count`."""
+    cfg = TokenizerConfig(**SIZES[tokenizer])
+    ar = AR(ARConfig.for_tokenizer(cfg, num_classes=1000, **ar_file.SIZES[size]))
+    codes = torch.empty(1, cfg.num_prologue + cfg.num_visual, dtype=torch.int64)
+    labels = torch.empty(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        ar(codes, labels).mean().backward()
+    return counter.get_total_flops(), 16 * num_parameters(ar)
 
 
-def stage1(size):
-    """FLOPs per image and bytes of the state."""
-    import torchvision
-    recipe = train_stage1.RECIPES[size]
-    tokenizer, ar = networks(size, recipe["ar_size"], 0)
-    with torch.device("meta"):
-        gan = train_stage1.Discriminator(recipe["gan_channels"])
-        convnext = recipe["perceptual"] == "convnext"
-        network = torchvision.models.convnext_small().eval() if convnext else torchvision.models.vgg16().features
-        images, labels, side = torch.empty(2, 3, 256, 256), torch.empty(2, dtype=torch.int64), 224 if convnext else 256
-
-        def step():
-            y, codes, onehot, vq = tokenizer(images)
-            gan.requires_grad_(False)
-            network.requires_grad_(False)
-            loss = y.mean() + vq + ar(codes, labels, onehot, torch.empty(2, dtype=torch.bool)).mean() + gan.net(y).mean()
-            (loss + network(y[:, :, :side, :side]).mean()).backward()
-            network(images[:, :, :side, :side])
-            gan.requires_grad_(True)
-            real, fake, _ = gan(images, y, False)
-            (real.mean() + fake.mean()).backward()
-
-        flops = count(step) / 2
-    tokenizer_size = sum(p.numel() for p in tokenizer.parameters())
-    return flops, 20 * tokenizer_size + 16 * sum(p.numel() for part in (ar, gan) for p in part.parameters())
+def count(function, *args):
+    """function(*args) with tensors that have a shape and no memory. Attention is written out as
+    two products, because the counter does not know the CPU's fused one.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+        return function(*args)
 
 
-def stage2(tokenizer_size, size):
-    _, ar = networks(tokenizer_size, size, 1000)
-    with torch.device("meta"):
-        codes = torch.empty(1, ar.cfg.num_prologue + ar.cfg.num_visual, dtype=torch.int64)
-        labels = torch.empty(1, dtype=torch.int64)
-        flops = count(lambda: ar(codes, labels).mean().backward())
-    return flops, 16 * sum(p.numel() for p in ar.parameters())
+def perceptual_network(name):
+    """The network, with random weights, and the side of its images."""
+    if name == "convnext":
+        network = torchvision.models.convnext_small().eval()
+        side = 224
+    else:
+        network = torchvision.models.vgg16().features
+        side = 256
+    return network.requires_grad_(False), side
+
+
+def print_row(name, flops, state, images, paper_hours, args):
+    hours = flops * images / (args.tflops * 1e12 * args.mfu) / 3600
+    paper = "" if paper_hours is None else paper_hours
+    print(f"| {name} | {flops / 1e9:,.0f} | {images / 1e6:,.0f}M | {hours:,.0f} | {paper} "
+          f"| {state / 1e9:.1f} |")
 
 
 def main():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--tflops", type=float, default=312, help="peak TFLOP/s of the GPU in bf16")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training is assumed to reach")
+    parser = argparse.ArgumentParser(description="What each recipe costs on paper.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--tflops", type=real(1e-3), default=312, help="peak TFLOP/s of the GPU in bf16")
+    flag("--mfu", type=real(1e-3, 1), default=0.4,
+         help="share of the peak that training is assumed to reach")
     args = parser.parse_args()
-    rows = [("Prologue-Base", *stage1("B"), 750_000 * 256), ("Prologue-Large", *stage1("L"), 1_000_000 * 256)]
-    for name, tokenizer, size, images in (
-            ("AR B-B", "B", "B", 1_000_000 * 512), ("AR B-L", "B", "L", 1_000_000 * 512), ("AR B-XL", "B", "XL", 1_000_000 * 512),
-            ("AR L-B", "L", "B", 500_000 * 2048), ("AR L-L", "L", "L", 500_000 * 2048), ("AR L-XL", "L", "XL", 593_750 * 2048)):
-        rows.append((name, *stage2(tokenizer, size), images))
-    print("| recipe | GFLOPs per image and step | images | GPU-hours | the paper's A100-hours | state, GB |")
+
+    print("| recipe | GFLOPs per image and step | images | GPU-hours | the paper's A100-hours "
+          "| state, GB |")
     print("| --- " * 6 + "|")
-    for name, flops, state, images in rows:
-        hours = flops * images / (args.tflops * 1e12 * args.mfu) / 3600
-        print(f"| {name} | {flops / 1e9:,.0f} | {images / 1e6:,.0f}M | {hours:,.0f} | {PAPER.get(name, '')} "
-              f"| {state / 1e9:.1f} |")
+    for name, row in STAGE1.items():
+        network, side = perceptual_network(row["perceptual"])
+        flops, state = count(cost_of_stage1, row["size"], network, side)
+        images = row["steps"] * row["batch_size"]
+        print_row(name, flops, state, images, row["paper_hours"], args)
+    for name, row in STAGE2.items():
+        flops, state = count(cost_of_stage2, row["tokenizer"], row["size"])
+        images = row["steps"] * row["batch_size"]
+        print_row(name, flops, state, images, row["paper_hours"], args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+"""gFID and rFID of a run while it trains, in a process of its own: the training does not wait.
+
+    CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --nproc_per_node 4 train_ar.py --out out ... &
+    CUDA_VISIBLE_DEVICES=7 python tools/watch.py out --preset prologue-b-b --num 10000 \\
+        --val_data imagenet/val --reference VIRTUAL_imagenet256_labeled.npz
+    python tools/watch.py out --once            # only measures what is new now
+    python tools/curves.py out --log watch.jsonl --keys val_gfid val_gfid_no_cfg
+
+It looks for a newly saved tokenizer.safetensors or ar.safetensors in the folder of the run, in
+either stage, and measures the newest: rFID and PSNR of a tokenizer on held-out images, gFID and
+Inception Score of an AR model with the preset's guidance and without. What --save_every of the
+trainer leaves no time for is skipped. Each measure becomes a line of watch.jsonl; a watch that is
+started again goes on behind it. Give it a GPU of its own, or on a CPU fewer images: it takes
+what it can get. Ctrl-C ends it.
+"""
+
+import argparse
+import json
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sweep import Samples
+
+import fid
+from ar import AR, check_pair
+from pretokenize import EMBEDDED, Images, center_crop, default_val
+from sample import PRESETS, pack_for_cpu, preset_settings
+from tokenizer import InputError, Tokenizer, real, whole, writing
+
+
+class HeldOut:
+    """`count` images spread evenly over all, as train_stage1.py chooses them, as centre crops of
+    size x size: a source for fid.extract."""
+
+    def __init__(self, path, count, size):
+        self.images = Images(path)
+        count = min(count, len(self.images))
+        self.indices = [i * len(self.images) // count for i in range(count)]
+        self.size = size
+
+    def __len__(self):
+        return len(self.indices)
+
+    def crop(self, index):
+        return center_crop(self.images.open(index), self.size)
+
+    def __getitem__(self, rows):
+        with ThreadPoolExecutor() as pool:
+            return np.stack(list(pool.map(self.crop, self.indices[rows])))  # (n, size, size, 3)
+
+
+# watch.jsonl
+
+
+def read_log(path):
+    """The lines of watch.jsonl."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def add_line(path, entry):
+    """Adds a line. Later steps of the same file are from an earlier run in this folder: they go."""
+    entries = [
+        old for old in read_log(path) if old["file"] != entry["file"] or old["step"] < entry["step"]
+    ]
+    with writing(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*entries, entry]))
+    words = [f"{name} {value:.4g}" for name, value in entry.items() if name.startswith("val_")]
+    print(f"{entry['file']}, step {entry['step']}: {'  '.join(words)}", flush=True)
+
+
+def saved_at(path):
+    """When a file was written, or None if there is none."""
+    return path.stat().st_mtime if path.exists() else None
+
+
+def progress(out, file):
+    """Step and images of the run. They are read from the training state, which the trainers save
+    just before the weights; the end of their logs may be many steps further on."""
+    path = out / "train_stage1.pt"
+    if file == "ar.safetensors" and (out / "train_ar.pt").exists():  # else it is a OneStage run
+        path = out / "train_ar.pt"
+    if not path.exists():
+        return {"step": 0, "images": 0}
+    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    return {"step": state["step"], "images": state["step"] * state["args"]["batch_size"]}
+
+
+# The measures
+
+
+def measure_tokenizer(tokenizer, originals, network, device, batch_size):
+    """originals: a HeldOut, and what fid.extract returned for it."""
+    images, features = originals
+    decoded = fid.Reconstructions(images, tokenizer, {"psnr": fid.psnr}, device)
+    measured = fid.extract(network, decoded, device, batch_size, "reconstructions")
+    rfid = fid.frechet_distance(*measured["pool"], *features["pool"])
+    return {"val_rfid": rfid, "val_psnr": decoded.means()["psnr"]}
+
+
+def measure_ar(tokenizer, ar, args, network, reference, device, autocast):
+    """gFID and Inception Score with guidance, and without under names that end in _no_cfg."""
+    if args.dtype == "bf16":
+        ar.transformer.to(torch.bfloat16)
+    elif device.type == "cpu":
+        pack_for_cpu(ar)
+    entry = {}
+    for ending, no_cfg in (("", False), ("_no_cfg", True)):
+        settings = preset_settings(args.preset or ar.cfg.preset or "tiny", no_cfg)
+        samples = Samples(tokenizer, ar, args.num, args.seed, settings, autocast)
+        drawn = fid.extract(network, samples, device, args.batch_size, f"samples{ending}")
+        gfid = fid.frechet_distance(*drawn["pool"], *reference["pool"])
+        entry[f"val_gfid{ending}"] = gfid
+        entry[f"val_inception_score{ending}"] = drawn["inception_score"]
+    return entry
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="gFID and rFID of a run while it trains.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("out", help="the --out folder of the run")
+    flag("--once", action="store_true", help="measure what is new and end")
+    flag("--seconds", type=real(0.1), default=30, help="between two looks")
+
+    # Tokenizer
+    flag("--data", default=str(EMBEDDED / "train"), help="training images, as in train_stage1.py")
+    flag("--val_data",
+         help="held-out images; by default the folder val beside a --data named train, else --data")
+    flag("--eval_images", type=whole(2), default=1000, help="held-out images for rFID")
+
+    # AR model
+    flag("--num", type=whole(2), default=2000, help="images for each gFID")
+    flag("--reference", help="npz, folder or zip that gFID compares with; by default --data")
+    flag("--preset", choices=PRESETS, help="guidance; by default the AR file's own, or tiny")
+    flag("--seed", type=whole(0), default=0, help="of the noise")
+
+    # Machine
+    flag("--inception", metavar="FILE", help="torch-fidelity's weights, else they are downloaded")
+    flag("--batch_size", type=whole(1), default=100, help="images at a time")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+         help="auto is what torch finds")
+    flag("--dtype", default="fp32", choices=["fp32", "bf16"],
+         help="of the networks that draw; all else is in fp32 always")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def main():
+    args = parse_args()
+    out = Path(args.out)
+    log = out / "watch.jsonl"
+    tokenizer_path = out / "tokenizer.safetensors"
+    ar_path = out / "ar.safetensors"
+    val_data = args.val_data or default_val(args.data) or args.data
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it on the spot, nothing is half done
+
+    # Device
+    available = "cpu"
+    if torch.accelerator.is_available():
+        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
+    if args.device not in ("auto", "cpu", available):
+        raise InputError(
+            f"--device {args.device} cannot be used: torch finds only {available} here"
+        )
+    device = torch.device(available if args.device == "auto" else args.device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16")
+
+    # The run may not have saved anything yet
+    while not tokenizer_path.exists():
+        if args.once:
+            raise InputError(f"{tokenizer_path} does not exist: there is nothing to measure")
+        time.sleep(args.seconds)
+    size = Tokenizer.load(tokenizer_path).cfg.image_size
+    network = fid.feature_network("auto", size, args.inception, device)[1]
+    originals = None  # both sides to compare with are computed when they are needed first
+    reference = None
+
+    measured = {entry["file"]: entry["saved"] for entry in read_log(log)}  # the newest of each
+    refused = None
+    while True:
+        # The times come first: a file that is replaced while it is measured is new once more
+        tokenizer_saved = saved_at(tokenizer_path)
+        ar_saved = saved_at(ar_path)
+
+        # Tokenizer
+        if tokenizer_saved != measured.get("tokenizer.safetensors"):
+            tokenizer = Tokenizer.load(tokenizer_path).to(device)
+            entry = progress(out, "tokenizer.safetensors")
+            entry |= {"file": "tokenizer.safetensors", "saved": tokenizer_saved}
+            if originals is None:
+                images = HeldOut(val_data, args.eval_images, size)
+                title = f"features of {val_data}"
+                features = fid.extract(network, images, device, args.batch_size, title)
+                originals = (images, features)
+            entry |= measure_tokenizer(tokenizer, originals, network, device, args.batch_size)
+            add_line(log, entry)
+            measured["tokenizer.safetensors"] = tokenizer_saved
+
+        # AR model
+        pair = (tokenizer_saved, ar_saved)
+        if ar_saved not in (None, measured.get("ar.safetensors")) and pair != refused:
+            tokenizer = Tokenizer.load(tokenizer_path).to(device)
+            ar = AR.load(ar_path).to(device)
+            try:
+                check_pair(tokenizer, ar, names=(tokenizer_path, ar_path))
+            except InputError as error:  # stage 1 goes on, or OneStage is saving the second file
+                print(f"not measured: {error}", flush=True)
+                refused = pair
+            else:
+                entry = progress(out, "ar.safetensors")
+                entry |= {"file": "ar.safetensors", "saved": ar_saved}
+                if reference is None:
+                    reference = fid.reference_features(args.reference or args.data, network, device,
+                                                       args.batch_size, size)
+                entry |= measure_ar(tokenizer, ar, args, network, reference, device, autocast)
+                add_line(log, entry)
+                measured["ar.safetensors"] = ar_saved
+
+        if args.once:
+            break
+        time.sleep(args.seconds)
+
+
+if __name__ == "__main__":
+    main()
