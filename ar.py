@@ -81,9 +81,8 @@ class AR(nn.Module):
         self.bos = nn.Embedding(cfg.num_classes + 1, cfg.dim)
         self.embedding = nn.Embedding(vocabulary, cfg.dim)
         self.drop = nn.Dropout(cfg.dropout)
-        self.transformer = Transformer(
-            cfg.layers, cfg.dim, cfg.head_dim, hidden_ratio=11 / 4, bias=False, dropout=cfg.dropout
-        )
+        self.transformer = Transformer(cfg.layers, cfg.dim, cfg.head_dim, hidden_ratio=11 / 4,
+                                       bias=False, dropout=cfg.dropout)
         self.norm = RMSNorm(cfg.dim)
         self.head = nn.Linear(cfg.dim, vocabulary, bias=False)
         for module in (self.bos, self.embedding, self.head):
@@ -120,10 +119,8 @@ class AR(nn.Module):
         if onehot is None:
             x = self.embedding(tokens)
         elif k > 0:
-            prologue = (
-                onehot @ self.embedding.weight[self.cfg.codebook_size : self.eos]
-            )  # (B, K, D)
-            x = torch.cat([prologue, self.embedding(tokens[:, k:])], 1)
+            prologue_rows = self.embedding.weight[self.cfg.codebook_size : self.eos]  # (P, D)
+            x = torch.cat([onehot @ prologue_rows, self.embedding(tokens[:, k:])], 1)
         else:
             x = onehot[:, :-1] @ self.embedding.weight
         x = torch.cat([self.bos(labels)[:, None], x], 1)  # (B, L, D)
@@ -177,15 +174,17 @@ class AR(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, self.cfg.num_classes)])
             x = x.repeat(2, 1, 1)  # (2B, T, D)
         x = torch.cat([self.bos(labels)[:, None], x], 1)  # (2B, 1+T, D)
-        caches = [KVCache(self.length) for _ in self.transformer.blocks]
-        if self.compiled_step:
-            caches = self.caches.setdefault(len(x), caches)
+        fixed = self.compiled_step is not None
+        caches = [KVCache(self.length, fixed) for _ in self.transformer.blocks]
+        if fixed:
+            caches = self.caches.setdefault(len(x), caches)  # those of an earlier call, if any
         head = self.head.weight[rows]  # the only rows of the head that are needed here
         start = 0
         codes = []
         for i, scale in enumerate(scales):
-            if self.compiled_step and i > 0:
-                h = self.compiled_step(x, caches, torch.tensor([start], device=x.device))  # (2B, D)
+            if fixed and i > 0:
+                place = torch.full((1,), start, device=x.device)
+                h = self.compiled_step(x, caches, place)  # (2B, D)
             else:
                 h = self.step(x, caches, start)  # (2B, D)
             start += x.shape[1]
@@ -240,16 +239,9 @@ class AR(nn.Module):
             progress = [(i + 1) / (n + 1) for i in range(n)]
         else:
             progress = [i / n for i in range(n)]
-        visual = self.draw(
-            labels,
-            prefix,
-            rows=slice(0, v),
-            scales=[guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress],
-            noise=noise[:, k:],
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
+        scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress]
+        visual = self.draw(labels, prefix, rows=slice(0, v), scales=scales, noise=noise[:, k:],
+                           temperature=temperature, top_k=top_k, top_p=top_p)
         if k == 0:
             return visual
         return torch.cat([prologue, visual], 1)
@@ -269,8 +261,11 @@ class AR(nn.Module):
 class KVCache:
     """Keys and values of one layer for all L positions, allocated once and filled while drawing."""
 
-    def __init__(self, length):
-        self.length = -(-length // 8) * 8  # a multiple of 8, which masked attention kernels want
+    def __init__(self, length, fixed=False):
+        """fixed: promises torch.compile that it stays where it is, so that a CUDA graph may write
+        to it."""
+        self.length = math.ceil(length / 8) * 8  # masked attention kernels want a multiple of 8
+        self.fixed = fixed
         self.k = None
         self.v = None
 
@@ -283,8 +278,9 @@ class KVCache:
             # In memory (B, heads, L, d), so that a head reads its keys in one go.
             self.k = k.new_zeros(batch, heads, self.length, d).transpose(1, 2)  # (B, L, heads, d)
             self.v = v.new_zeros(batch, heads, self.length, d).transpose(1, 2)
-            torch._dynamo.mark_static_address(self.k)  # a CUDA graph may write to it
-            torch._dynamo.mark_static_address(self.v)
+            if self.fixed:
+                torch._dynamo.mark_static_address(self.k)
+                torch._dynamo.mark_static_address(self.v)
         if torch.is_tensor(start):
             self.k[:, start] = k
             self.v[:, start] = v
@@ -293,9 +289,8 @@ class KVCache:
         if can_flash(q.device, q.dtype):
             from flash_attn import flash_attn_with_kvcache
 
-            return flash_attn_with_kvcache(
-                q, self.k, self.v, k, v, cache_seqlens=start, causal=True
-            )
+            return flash_attn_with_kvcache(q, self.k, self.v, k, v, cache_seqlens=start,
+                                           causal=True)
         end = start + k.shape[1]
         self.k[:, start:end] = k
         self.v[:, start:end] = v
@@ -349,12 +344,8 @@ def check_pair(tokenizer, ar, names=("the tokenizer", "the AR model")):
         a = getattr(tokenizer.cfg, key)
         b = getattr(ar.cfg, key)
         if a != b:
-            raise InputError(
-                f"{names[0]} and {names[1]} do not belong together: {key} is {a} in the one and "
-                f"{b} in the other"
-            )
+            raise InputError(f"{names[0]} and {names[1]} do not belong together: {key} is {a} in "
+                             f"the one and {b} in the other")
     if ar.cfg.tokenizer and ar.cfg.tokenizer != tokenizer.fingerprint():
-        raise InputError(
-            f"{names[1]} was trained on codes of another tokenizer than {names[0]}: run "
-            "pretokenize.py and train_ar.py again, or give the tokenizer it was trained with"
-        )
+        raise InputError(f"{names[1]} was trained on codes of another tokenizer than {names[0]}: "
+                         "run pretokenize.py and train_ar.py again, or give that tokenizer")

@@ -660,7 +660,7 @@ def pick_device(name, local_rank):
     if name == "auto":
         name = available[0]
     if name not in available:
-        raise InputError(f"--device {name} is not available here, use one of {available}")
+        raise InputError(f"--device {name} is not available here, use {' or '.join(available)}")
     if name == "cuda":
         name = f"cuda:{local_rank % torch.cuda.device_count()}"
     return name

@@ -96,10 +96,8 @@ class Images:
                 classes = {stem: boxes.split()[0] for stem, boxes in rows}
                 return [classes[Path(name).stem] for name in self.names]
             except (ValueError, IndexError, KeyError) as error:
-                raise InputError(
-                    f"{table} is not Kaggle's table of the images here: a row for each image, its "
-                    f"name, a comma, and first its class ({type(error).__name__}: {error})"
-                ) from None
+                raise InputError(f"{table} is not Kaggle's table of the images here, with rows as "
+                                 f"ILSVRC2012_val_1,n01751748 ... ({error})") from None
         return None
 
     def read(self, name):
@@ -208,10 +206,8 @@ def five_crops(image, size):
 def no_crop(image, size, name):
     """The image as it is. Raises InputError unless it is size x size."""
     if image.size != (size, size):
-        raise InputError(
-            f"{name} is {image.width} x {image.height}; without a crop every image must be "
-            f"{size} x {size}"
-        )
+        raise InputError(f"{name} is {image.width} x {image.height}; without a crop every image "
+                         f"must be {size} x {size}")
     return np.asarray(image)
 
 
@@ -280,8 +276,7 @@ def part_file(folder, part):
 
 def join_parts(target, name, folder, count, **others):
     """Writes the arrays of `count` part files, one behind the other, as `name` into the .npz
-    `target`, and `others` beside it; then removes the parts. Holds one part in memory at a time.
-    """
+    `target`, and `others` beside it; then removes the parts. Holds one part in memory at a time."""
     parts = [part_file(folder, part) for part in range(count)]
     first = np.load(parts[0], mmap_mode="r")
     rows = (count - 1) * len(first) + len(np.load(parts[-1], mmap_mode="r"))

@@ -88,10 +88,8 @@ def load_pair(args, device):
     ar = AR.load(ar_path).to(device)
     check_pair(tokenizer, ar, names=(tokenizer_path, ar_path))
     if ar.cfg.num_classes == 0:
-        raise InputError(
-            f"{ar_path} is the joint AR model of stage 1, which knows no classes; an "
-            "ar.safetensors is needed"
-        )
+        raise InputError(f"{ar_path} is the joint AR model of stage 1, which knows no classes; an "
+                         "ar.safetensors is needed")
     return tokenizer, ar, (tokenizer_path, ar_path)
 
 
@@ -209,9 +207,8 @@ def fingerprint(ar):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Draw images.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Draw images.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
     flag("--ar", help="AR file; by default that in --out, or else the shipped one")

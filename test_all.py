@@ -1,6 +1,6 @@
-"""The tests that explain: shapes, gradient routing, sampling. `python -m pytest test_all.py`, seconds.
+"""The tests that explain: shapes, gradient routing, sampling. `python -m pytest test_all.py`
 
-Tiny models with random weights. tests/ has what protects the rest: losses, files, the scripts as a
+Tiny models with random weights, seconds. tests/ has what protects the rest: losses, files, the scripts as a
 user runs them, the released checkpoints, fid.py.
 """
 

@@ -44,8 +44,7 @@ except Exception as error:  # built for another torch, it fails with "undefined 
 
 def can_flash(device, dtype):
     """Whether flash-attn is installed and serves this device and number type: half precision on
-    Ampere or later.
-    """
+    Ampere or later."""
     if flash_attn_func is None or device.type != "cuda" or dtype == torch.float32:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -55,17 +54,15 @@ def attention_backend(device, dtype):
     """What `attention` uses, in words: every script prints it once."""
     if can_flash(device, dtype):
         return "flash-attn"
+    name = "torch's scaled_dot_product_attention"
     if flash_attn_problem:
-        return (
-            f"torch's scaled_dot_product_attention (flash-attn does not load: {flash_attn_problem})"
-        )
-    return "torch's scaled_dot_product_attention"
+        return f"{name} (flash-attn does not load: {flash_attn_problem})"
+    return name
 
 
 def attention(q, k, v, causal=False, mask=None):
     """softmax(q k^T / sqrt(d)) v for tensors (B, T, heads, d); mask (T of q, T of k) bool, True
-    where q may look.
-    """
+    where q may look."""
     if mask is None and can_flash(q.device, q.dtype):
         return flash_attn_func(q, k, v, causal=causal)
     q = q.transpose(1, 2)  # (B, heads, T, d)
@@ -75,10 +72,9 @@ def attention(q, k, v, causal=False, mask=None):
     return out.transpose(1, 2)  # (B, T, heads, d)
 
 
-# Rotary position embedding (RoPE). A head has three axes: row and column for patches, l for
-# everything that is a line. One table serves both: a patch stands at (row, column, 0), the l-th
-# prologue token at (0, 0, l), so the two kinds never share a place though they go through attention
-# together.
+# Rotary position embedding (RoPE). The dimensions of a head are divided among three axes: a patch
+# stands at (row, column, 0), the l-th token of a line at (0, 0, l). So patches and prologue tokens
+# go through one attention, and the order of the line is none of the directions of the image.
 
 
 def rope_axis_dims(head_dim):
@@ -89,16 +85,14 @@ def rope_axis_dims(head_dim):
 
 def rope_angles(positions, dim, theta):
     """Positions (T,) on an axis of `dim` dimensions -> angles (T, dim/2), with frequencies
-    theta^(-2i/dim).
-    """
+    theta^(-2i/dim)."""
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     return (positions.double()[:, None] * frequencies).float()
 
 
 def rope_of_patches(grid, head_dim):
     """Angles (grid*grid, d/2) of the patches of an image, row by row; theta is 2000. On the CPU
-    even if a model is built on the meta device, because angles are in no checkpoint.
-    """
+    even if a model is built on the meta device, because angles are in no checkpoint."""
     row_dim, column_dim, l_dim = rope_axis_dims(head_dim)
     places = torch.arange(grid, device="cpu")
     rows = rope_angles(places.repeat_interleave(grid), row_dim, 2000.0)
@@ -115,16 +109,14 @@ def rope_of_line(length, head_dim):
 
 def rope(x, cos, sin):
     """Turns the pairs (x_0, x_1), (x_2, x_3), ... of x (B, T, heads, d) by the angles of a table
-    (T, d/2). A narrower table, which the AR model has, leaves the last dimensions as they are.
-    """
+    (T, d/2). A narrower table, which the AR model has, leaves the last dimensions as they are."""
     width = 2 * cos.shape[-1]
     cos = cos[:, None]  # (T, 1, width/2), the same for every head
     sin = sin[:, None]
     even = x[..., 0:width:2]
     odd = x[..., 1:width:2]
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(
-        -2
-    )  # (B, T, heads, width)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
+    turned = turned.flatten(-2)  # (B, T, heads, width)
     return torch.cat([turned, x[..., width:]], -1)
 
 
@@ -153,8 +145,7 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, causal=False, cache=None, start=0):
         """x (B, T, D) -> (B, T, D). With a cache (ar.KVCache) the T tokens follow `start` earlier
-        ones.
-        """
+        ones."""
         qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))  # (B, T, 3, heads, d)
         q, k, v = qkv.unbind(2)  # each (B, T, heads, d)
         q = rope(self.q_norm(q), cos, sin).to(v.dtype)
@@ -211,9 +202,8 @@ class Transformer(nn.Module):
             raise InputError(f"a width of {dim} is not a multiple of the head width {head_dim}")
         hidden = round(hidden_ratio * dim)
         self.gradient_checkpointing = False  # set by the trainers
-        self.blocks = nn.ModuleList(
-            Block(dim, head_dim, hidden, bias, dropout) for _ in range(layers)
-        )
+        blocks = [Block(dim, head_dim, hidden, bias, dropout) for _ in range(layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.apply(init_weights)
         for block in self.blocks:  # the residual stream keeps its size whatever the depth
             init_weights(block.attn.out, std=0.02 / math.sqrt(2 * layers))
@@ -221,8 +211,7 @@ class Transformer(nn.Module):
 
     def forward(self, x, angles, causal=False, caches=None, start=0):
         """x (B, T, D), angles (T, d/2) of its positions -> (B, T, D); caches: one for each block,
-        see Attention.
-        """
+        see Attention."""
         cos = angles.cos()
         sin = angles.sin()
         for i, block in enumerate(self.blocks):
@@ -240,16 +229,14 @@ class Transformer(nn.Module):
 
 def unit_norm(x):
     """x / |x| along the last axis. The epsilon stands inside the root, so that x = 0 has a finite
-    gradient.
-    """
+    gradient."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
 
 @contextlib.contextmanager
 def exact_fp32(device_type):
     """True fp32 products: no autocast, no TF32. A code search in TF32 picks another code for 0.15%
-    of the tokens.
-    """
+    of the tokens."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -263,8 +250,7 @@ def exact_fp32(device_type):
 def nearest_code(z, codebook, chunk=1024):
     """Index of the code with the largest cosine: unit vectors z (..., c), codebook (V, c) -> (...)
     int64. In chunks, because the similarities of a whole batch to 16,384 codes would take
-    gigabytes.
-    """
+    gigabytes."""
     codes = unit_norm(codebook.float())  # (V, c)
     nearest = [(part @ codes.T).argmax(-1) for part in z.flatten(0, -2).split(chunk)]
     return torch.cat(nearest).view(z.shape[:-1])
@@ -272,8 +258,7 @@ def nearest_code(z, codebook, chunk=1024):
 
 class VisualQuantizer(nn.Module):
     """VQ with unit-norm codes (ViT-VQGAN): nearest code by cosine, straight-through estimator, all
-    in fp32.
-    """
+    in fp32."""
 
     def __init__(self, dim, codebook_size, code_dim):
         super().__init__()
@@ -289,8 +274,7 @@ class VisualQuantizer(nn.Module):
 
     def forward(self, h):
         """h (B, N, D) -> straight-through codes (B, N, c), indices (B, N), loss. Paper section 2
-        and appendix E.
-        """
+        and appendix E."""
         with exact_fp32(h.device.type):
             z = self.project(h)  # (B, N, c)
             codes = nearest_code(z, self.codebook)  # (B, N)
@@ -317,8 +301,7 @@ def prob_ste(z, codebook, tau):
 
 class PrologueQuantizer(nn.Module):
     """Prob-STE. No commitment and no codebook loss: all that it learns comes from the AR model's
-    cross-entropy.
-    """
+    cross-entropy."""
 
     def __init__(self, dim, codebook_size, code_dim, tau):
         super().__init__()
@@ -366,14 +349,10 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
-            raise InputError(
-                f"layout {self.layout!r} is unknown; choose one of {', '.join(LAYOUTS)}"
-            )
+            raise InputError(f"layout {self.layout!r} is unknown; choose of {', '.join(LAYOUTS)}")
         if self.image_size % self.patch_size:
-            raise InputError(
-                f"an image size of {self.image_size} is not a multiple of the patch size "
-                f"{self.patch_size}"
-            )
+            raise InputError(f"an image size of {self.image_size} is not a multiple of the patch "
+                             f"size {self.patch_size}")
         if self.layout in ("1d", "2d"):
             self.num_prologue = 0
             self.prologue_codebook_size = 0
@@ -394,8 +373,7 @@ class TokenizerConfig:
 
 class Encoder(nn.Module):
     """A transformer over the input vectors and, behind them, learned vectors that read them (the
-    queries).
-    """
+    queries)."""
 
     def __init__(self, in_dim, size, queries, angles, head_dim, hidden_ratio):
         super().__init__()
@@ -416,8 +394,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Visual code vectors -> patches. In the layout 1d the codes are a line, and learned queries on
-    the grid read them.
-    """
+    the grid read them."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -466,33 +443,28 @@ class Tokenizer(nn.Module):
         dim = cfg.encoder[1]
         patches = rope_of_patches(cfg.grid, cfg.head_dim)
         angles = torch.cat([patches, rope_of_line(queries, cfg.head_dim)])
-        self.encoder = Encoder(
-            3 * cfg.patch_size**2, cfg.encoder, queries, angles, cfg.head_dim, hidden_ratio=8 / 3
-        )
+        self.encoder = Encoder(3 * cfg.patch_size**2, cfg.encoder, queries, angles, cfg.head_dim,
+                               hidden_ratio=8 / 3)
         self.visual_quantizer = VisualQuantizer(dim, cfg.codebook_size, cfg.code_dim)
         self.decoder = Decoder(cfg)
         if cfg.layout == "post":
             angles = torch.cat([patches, rope_of_line(cfg.num_prologue, cfg.head_dim)])
-            self.post_encoder = Encoder(
-                dim, cfg.post, cfg.num_prologue, angles, cfg.head_dim, hidden_ratio=11 / 4
-            )
+            self.post_encoder = Encoder(dim, cfg.post, cfg.num_prologue, angles, cfg.head_dim,
+                                        hidden_ratio=11 / 4)
             dim = cfg.post[1]
-        if cfg.num_prologue:
-            self.prologue_quantizer = PrologueQuantizer(
-                dim, cfg.prologue_codebook_size, cfg.code_dim, cfg.tau
-            )
+        if cfg.num_prologue > 0:
+            self.prologue_quantizer = PrologueQuantizer(dim, cfg.prologue_codebook_size,
+                                                        cfg.code_dim, cfg.tau)
 
     def hidden(self, images):
         """images (B, 3, H, W) -> h_visual (B, N, D), h_prologue (B, K, D) or None. Paper equation
-        1.
-        """
+        1."""
         size = self.cfg.image_size
         p = self.cfg.patch_size
         n = self.cfg.num_visual
         if images.shape[1:] != (3, size, size):
-            raise ValueError(
-                f"images {tuple(images.shape[1:])} given to a tokenizer of (3, {size}, {size})"
-            )
+            shape = tuple(images.shape[1:])
+            raise ValueError(f"images {shape} given to a tokenizer of (3, {size}, {size})")
         x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, 3, rows, p, columns, p)
         x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, 3)
         h = self.encoder(x.flatten(3).flatten(1, 2))  # (B, N, p*p*3) -> (B, N + queries, D)
@@ -508,9 +480,8 @@ class Tokenizer(nn.Module):
         """Visual code vectors (B, N, c) -> images (B, 3, H, W)."""
         p = self.cfg.patch_size
         x = self.decoder(q).float()  # (B, N, p*p*3)
-        x = x.unflatten(2, (p, p, 3)).unflatten(
-            1, (self.cfg.grid, -1)
-        )  # (B, rows, columns, p, p, 3)
+        x = x.unflatten(1, (self.cfg.grid, -1))  # (B, rows, columns, p*p*3)
+        x = x.unflatten(3, (p, p, 3))  # (B, rows, columns, p, p, 3)
         x = x.permute(0, 5, 1, 3, 2, 4)  # (B, 3, rows, p, columns, p)
         return x.flatten(4, 5).flatten(2, 3)
 
@@ -540,8 +511,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> codes (B, K+N) int64, prologue first, each counted from
-        0.
-        """
+        0."""
         h_visual, h_prologue = self.hidden(images)
         _, codes, _ = self.visual_quantizer(h_visual)
         if h_prologue is not None:
@@ -552,8 +522,7 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, codes):
         """codes (B, K+N) or (B, N) -> images (B, 3, H, W), about [-1, 1]; the prologue is not
-        looked at.
-        """
+        looked at."""
         n = self.cfg.num_visual
         k = self.cfg.num_prologue
         if codes.shape[1] not in (n, k + n):
@@ -562,8 +531,7 @@ class Tokenizer(nn.Module):
 
     def fingerprint(self):
         """A short hash of the weights: token files and AR checkpoints carry it to say which
-        tokenizer they belong to.
-        """
+        tokenizer they belong to."""
         sha = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             sha.update(name.encode())
@@ -589,8 +557,7 @@ def to_float(images):
 
 def to_uint8(images):
     """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU; 128 and not 127.5, because the cast
-    cuts off: so every level comes back from `to_float` as it was.
-    """
+    cuts off: so every level comes back from `to_float` as it was."""
     levels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu()
 
@@ -602,8 +569,7 @@ def to_uint8(images):
 def writing(path):
     """Yields a path beside `path` to write to, which becomes `path` only when the block ends
     without an error: whoever reads sees the old file or the new one, whole. Raises InputError where
-    nothing can be written.
-    """
+    nothing can be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -622,8 +588,7 @@ def writing(path):
 
 def save_checkpoint(path, kind, tensors, cfg):
     """Weights and config in one safetensors file. Raises InputError for weights that are not
-    finite: the file that stands there is then the last good one, and stays.
-    """
+    finite: the file that stands there is then the last good one, and stays."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -650,17 +615,14 @@ def open_safetensors(path):
 
 def read_checkpoint(path, kind, build):
     """The model in a file that `save_checkpoint` wrote for `kind`; build(config dict) makes it.
-    Raises InputError.
-    """
+    Raises InputError."""
     tensors, metadata = open_safetensors(path)
     try:
         cfg = json.loads(metadata["config"])
         found = cfg.pop("kind")
     except (KeyError, ValueError, TypeError, AttributeError):
-        raise InputError(
-            f"{path} is no checkpoint of these scripts: its metadata holds no config "
-            "(released weights are imported by tools/released.py)"
-        ) from None
+        raise InputError(f"{path} is no checkpoint of these scripts: its metadata holds no config "
+                         "(released weights are imported by tools/released.py)") from None
     if found != kind:
         raise InputError(f"{path} holds {found!r} weights where {kind!r} weights are needed")
     try:
@@ -669,9 +631,7 @@ def read_checkpoint(path, kind, build):
         model.load_state_dict(tensors, assign=True)
     except (InputError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path} has a config or weights that do not fit this code: {reason}"
-        ) from None
+        raise InputError(f"{path}: config or weights do not fit this code: {reason}") from None
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise InputError(f"{path} is of no use: its weights {name} are not finite")
@@ -683,8 +643,7 @@ def read_checkpoint(path, kind, build):
 
 class InputError(SystemExit):
     """What the user gave cannot be used; the message is one sentence that names it and says what
-    would be right. Nobody has to catch it: Python prints the sentence and exits with code 1.
-    """
+    would be right. Nobody has to catch it: Python prints the sentence and exits with code 1."""
 
 
 def whole(minimum):
@@ -696,9 +655,8 @@ def whole(minimum):
         except ValueError:
             value = minimum - 1
         if value < minimum:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number of at least {minimum}"
-            )
+            message = f"{text!r} is not a whole number of at least {minimum}"
+            raise argparse.ArgumentTypeError(message)
         return value
 
     return parse
@@ -714,9 +672,8 @@ def real(minimum, maximum=math.inf):
             value = math.nan
         if not (math.isfinite(value) and minimum <= value <= maximum):
             end = "" if maximum == math.inf else f" to {maximum:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a finite number from {minimum:g}{end}"
-            )
+            message = f"{text!r} is not a finite number from {minimum:g}{end}"
+            raise argparse.ArgumentTypeError(message)
         return value
 
     return parse

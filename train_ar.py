@@ -48,9 +48,7 @@ class Tokens:
 
     def __init__(self, path):
         if not Path(path).is_file():
-            raise InputError(
-                f"{path} does not exist; pretokenize.py makes it, --codes names another"
-            )
+            raise InputError(f"{path} does not exist; pretokenize.py makes it, or give --codes")
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.codes = file["codes"]
@@ -64,15 +62,11 @@ class Tokens:
         k = self.cfg.num_prologue
         n = self.cfg.num_visual
         if self.codes.dtype != np.uint16 or self.codes.ndim != 3 or self.codes.shape[2] != k + n:
-            raise InputError(
-                f"{path}: codes are {self.codes.dtype} {self.codes.shape}, and should be uint16 "
-                f"(images, crops, {k + n})"
-            )
+            raise InputError(f"{path}: codes are {self.codes.dtype} {self.codes.shape} and should "
+                             f"be uint16 (images, crops, {k + n})")
         if self.codes.size == 0 or self.labels.shape != self.codes.shape[:1]:
-            raise InputError(
-                f"{path}: codes {self.codes.shape} and labels {self.labels.shape} should be of the "
-                "same images, and there should be at least one of them and one crop"
-            )
+            raise InputError(f"{path}: codes {self.codes.shape} and labels {self.labels.shape} "
+                             "should be of the same images, one of them and one crop at least")
         if not np.isin(self.labels, np.arange(len(self.classes))).all():
             raise InputError(f"{path}: labels should be from 0 to {len(self.classes) - 1}")
         too_large = self.codes[..., k:].max() >= self.cfg.codebook_size
@@ -118,10 +112,9 @@ def build_model(args, tokens, tokenizer):
     old = AR.load(args.init)
     check_pair(tokenizer, old, names=("the tokenizer", args.init))
     if old.cfg.num_classes != cfg.num_classes or old.cfg.classes not in ([], cfg.classes):
-        raise InputError(
-            f"--init {args.init} was trained on {old.cfg.num_classes} classes "
-            f"{old.cfg.classes[:3]}..., the token file has {cfg.num_classes} {cfg.classes[:3]}..."
-        )
+        raise InputError(f"--init {args.init} was trained on {old.cfg.num_classes} classes "
+                         f"{old.cfg.classes[:3]}..., the token file has {cfg.num_classes} "
+                         f"{cfg.classes[:3]}...")
     size = dict(layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim)
     ar = AR(replace(cfg, **size))
     ar.load_state_dict(old.state_dict())
@@ -208,9 +201,7 @@ def load_state(path, fixed, args, rank, world_size):
             print(f"--resume: there is no {path}, so this run begins at step 1")
         return None
     if found < world_size:
-        raise InputError(
-            f"not all ranks see {path}: --out must be in a file system that they share"
-        )
+        raise InputError(f"not all ranks see {path}: --out must be on a disk that they share")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         before = state["fixed"]
@@ -220,9 +211,8 @@ def load_state(path, fixed, args, rank, world_size):
         raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
     for name, value in fixed.items():
         if before.get(name) != value:
-            raise InputError(
-                f"--resume: {path} was made with {name} {before.get(name)}, this run has {value}"
-            )
+            raise InputError(f"--resume: {path} was made with {name} {before.get(name)}, this run "
+                             f"has {value}")
     if rank == 0:
         print(f"going on from step {state['step']}")
         for name, value in args.items():
@@ -264,10 +254,8 @@ def as_text(entry):
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description="Train an AR model on tokens. The defaults are those of the tiny demo; "
-        "recipes/ has the paper's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+        description="Train an AR model. Defaults are the tiny demo's, recipes/ has the paper's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
 
     # Data and model
@@ -351,10 +339,8 @@ def main():
     per_rank = args.batch_size // world_size
     micro = args.micro_batch_size or per_rank
     if args.batch_size % world_size or per_rank % micro:
-        raise InputError(
-            f"--batch_size {args.batch_size} does not divide into {world_size} ranks with "
-            f"micro-batches of {micro}"
-        )
+        raise InputError(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
+                         f"with micro-batches of {micro}")
 
     # Data and tokenizer, which must belong together
     codes_path = Path(args.codes or out / "codes.npz")
@@ -364,19 +350,15 @@ def main():
     if args.val_codes or val_path.exists():
         val_tokens = Tokens(val_path)
         if val_tokens.classes != tokens.classes:
-            raise InputError(
-                f"{val_path} and {codes_path} have different classes: "
-                f"{val_tokens.classes[:3]}... and {tokens.classes[:3]}..."
-            )
+            raise InputError(f"{val_path} and {codes_path} have different classes: "
+                             f"{val_tokens.classes[:3]}... and {tokens.classes[:3]}...")
         if val_tokens.fingerprint != tokens.fingerprint:
             raise InputError(f"{val_path} and {codes_path} are of different tokenizers")
     tokenizer_path = Path(args.tokenizer or out / "tokenizer.safetensors")
     tokenizer = Tokenizer.load(tokenizer_path).to(device)
     if tokenizer.fingerprint() != tokens.fingerprint:
-        raise InputError(
-            f"{codes_path} was made by another tokenizer than {tokenizer_path}; run pretokenize.py "
-            "again"
-        )
+        raise InputError(f"{codes_path} was made by another tokenizer than {tokenizer_path}; run "
+                         "pretokenize.py again")
 
     # Model and optimizer
     ar = build_model(args, tokens, tokenizer).to(device)
@@ -385,11 +367,8 @@ def main():
     if rank == 0:
         parameters = sum(p.numel() for p in ar.parameters()) / 1e6
         images, crops, length = tokens.codes.shape
-        print(
-            f"{parameters:.1f}M parameters, {len(tokens.classes)} classes, {images} images x "
-            f"{crops} crops x {length} codes",
-            flush=True,
-        )
+        print(f"{parameters:.1f}M parameters, {len(tokens.classes)} classes, {images} images x "
+              f"{crops} crops x {length} codes", flush=True)
 
     # Resume
     fixed = dict(  # what a run that goes on must have in common with the one before
@@ -485,13 +464,11 @@ def main():
             if rank == 0:
                 write_log(out / "train_ar.jsonl", entry)
                 left = (args.steps - step) * args.batch_size / entry["images_per_s"]
-                print(f"{as_text(entry)}  left {left / 60:.0f} min", flush=True)
+                print(f"{as_text(entry)}  {left / 60:.0f} min left", flush=True)
             if skipped >= 10:
                 bad = "the cross-entropy" if not math.isfinite(ce) else "the gradient"
-                raise InputError(
-                    f"{bad} has not been finite for {int(skipped)} steps, which were skipped; go "
-                    "on from the last saved state by --resume with a lower --lr"
-                )
+                raise InputError(f"{bad} has not been finite for {int(skipped)} steps, which were "
+                                 "skipped; try --resume with a lower --lr")
             clock = time.perf_counter()
             clock_step = step
 

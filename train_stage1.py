@@ -222,10 +222,8 @@ def pretrained(build):
         return build(weights=weights)
     except Exception as error:  # of urllib, of a full disk, of a file cut off
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise InputError(
-            f"{weights.url} cannot be loaded ({error}); put the file into {folder}, or train "
-            "with --perceptual none"
-        ) from None
+        raise InputError(f"{weights.url} cannot be loaded ({error}); put the file into {folder}, "
+                         "or train with --perceptual none") from None
 
 
 def build_models(args, classes):
@@ -422,9 +420,7 @@ def load_state(path, fixed, args, rank, world_size):
             print(f"--resume: there is no {path}, so this run begins at step 1")
         return None
     if found < world_size:
-        raise InputError(
-            f"not all ranks see {path}: --out must be in a file system that they share"
-        )
+        raise InputError(f"not all ranks see {path}: --out must be on a disk that they share")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
         before = state["fixed"]
@@ -649,9 +645,8 @@ def main():
         groups += adamw_groups(ar, betas=(0.9, 0.99), weight_decay=0.03)
     optimizers = {"optimizer": torch.optim.AdamW(groups, lr=args.lr, fused=True)}
     if gan is not None:
-        optimizers["gan_optimizer"] = torch.optim.AdamW(
-            gan.parameters(), lr=args.lr, betas=(0.0, 0.99), weight_decay=1e-4, fused=True
-        )
+        optimizers["gan_optimizer"] = torch.optim.AdamW(gan.parameters(), lr=args.lr, fused=True,
+                                                        betas=(0.0, 0.99), weight_decay=1e-4)
 
     # Resume
     modules = {"tokenizer": tokenizer, "ema": ema}

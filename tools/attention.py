@@ -1,119 +1,181 @@
 """Where the models look (paper figures 6, 7, A2, A4).
 
-    python tools/attention.py                       # the pair in out/, or else the shipped one; embedded images
+    python tools/attention.py                   # the pair in out/, else the shipped one
     python tools/attention.py --tokenizer T --ar A --data D --images 64
 
-ar_attention.png: each layer of the AR model, attention averaged over heads and images, the class position and the diagonal
-left out; rows are queries. Local structure shows as lines beside the diagonal, the prologue as stripes on the left.
-prologue_attention.png: for some images, what part of the image each prologue token reads: attention of the encoder's prologue
-queries over the patches, averaged over heads and the last layers.
+ar_attention.png: each layer of the AR model, attention averaged over heads and images, the class
+position and the diagonal left out; rows are queries. Local structure shows as lines beside the
+diagonal, the prologue as stripes on the left. prologue_attention.png: for eight images, which part
+of the image each prologue token reads: attention of the encoder's prologue queries over the
+patches, averaged over heads and the last two thirds of the layers. Needs matplotlib.
+
+Letters in shapes: B images, N visual tokens, K prologue tokens, L = K+1+N tokens (or N).
 """
+
 import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-matplotlib.use("agg")
-from matplotlib import pyplot
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tokenizer as tokenizer_file
-from common import run, to_float, to_uint8
-from pretokenize import EMBEDDED, Images
+from pretokenize import EMBEDDED, Images, center_crop
 from sample import load_pair
+from tokenizer import InputError, to_float, to_uint8, whole
 
 
-class Recorder:
-    """Stands in for tokenizer.attention and keeps the mean over heads of each call's weights, (B, queries, keys)."""
+def attention_weights(call):
+    """Runs call() and returns the weights of every attention in it, in order, as a list of (B,
+    queries, keys), averaged over the heads."""
+    original = tokenizer_file.attention
+    weights = []
 
-    def __init__(self):
-        self.maps, self.original = [], tokenizer_file.attention
-
-    def __call__(self, q, k, v, causal=False, mask=None):
+    def recording(q, k, v, causal=False, mask=None):  # (B, T, heads, d)
         scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) / q.shape[-1] ** 0.5
         if causal:
-            scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-        self.maps.append(scores.softmax(-1).mean(1))
-        return self.original(q, k, v, causal, mask)
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)  # (queries, keys)
+            scores = scores.masked_fill(later, -torch.inf)
+        weights.append(scores.softmax(-1).mean(1))
+        return original(q, k, v, causal, mask)
 
-    def record(self, call):
-        self.maps, tokenizer_file.attention = [], self
+    tokenizer_file.attention = recording
+    try:
         call()
-        tokenizer_file.attention = self.original
-        return torch.stack(self.maps)  # (layers, B, queries, keys)
+    finally:
+        tokenizer_file.attention = original
+    return weights
 
 
-def ar_maps(ar, codes, labels, path):
-    """One panel per layer; returns the shares of attention that visual queries give to the prologue, to the token above
-    the one they predict, and to the one two to its left (its left neighbour is the diagonal)."""
-    maps = Recorder().record(lambda: ar(codes, labels)).mean(1)  # (layers, L, L)
-    length, k = maps.shape[1], ar.cfg.num_prologue
-    maps[:, :, 0] = 0  # position 0 is the class
-    maps[:, torch.arange(length), torch.arange(length)] = 0
-    figure, axes = pyplot.subplots(1, len(maps), figsize=(4 * len(maps), 4.4), squeeze=False)
-    for i, (axis, weights) in enumerate(zip(axes[0], maps)):
-        axis.imshow(weights.sqrt(), cmap="magma")
-        if k:
-            axis.axvline(k + 0.5, color="gray", linestyle="--", linewidth=0.8)
-        axis.set(title=f"layer {i + 1}", xticks=[], yticks=[])
-    figure.tight_layout()
+# The AR model
+
+
+def ar_weights(ar, codes, labels):
+    """(layers, L, L), the class position and the diagonal set to 0."""
+    layers = attention_weights(lambda: ar(codes, labels))
+    weights = torch.stack([layer.mean(0) for layer in layers])
+    weights[:, :, 0] = 0
+    weights.diagonal(dim1=1, dim2=2).zero_()
+    return weights
+
+
+def save_ar_picture(path, weights, num_prologue):
+    layers = len(weights)
+    figure = Figure(figsize=(4 * layers, 4.4), layout="tight")
+    axes = figure.subplots(1, layers, squeeze=False)[0]
+    for i in range(layers):
+        axes[i].imshow(weights[i].sqrt().numpy(), cmap="magma")
+        if num_prologue > 0:
+            axes[i].axvline(num_prologue + 0.5, color="gray", linestyle="--", linewidth=0.8)
+        axes[i].set(title=f"layer {i + 1}", xticks=[], yticks=[])
     figure.savefig(path, dpi=80)
-    side = round(ar.cfg.num_visual**0.5)
-    first = length - ar.cfg.num_visual + 1  # the query that has just read the first visual token
-    queries = torch.arange(first + side, length)  # those with a token above the one they predict
-    weights = maps[:, queries] / maps[:, queries].sum(-1, keepdim=True)  # the query at q predicts token q + 1
+
+
+def ar_shares(weights, cfg):
+    """Of each layer (layers,), the mean shares of attention that visual queries give to the
+    prologue, to the token above the one they predict, and to the one two to its left (its left
+    neighbour is the query itself, on the diagonal)."""
+    length = weights.shape[1]
+    side = round(cfg.num_visual**0.5)
+    # Position p holds token p - 1 and predicts token p. The first visual token stands at `first`;
+    # the queries are those with a row of tokens above the one they predict.
+    first = length - cfg.num_visual + 1
+    queries = torch.arange(first + side, length)
+    weights = weights[:, queries]  # (layers, queries, L)
+    weights = weights / weights.sum(-1, keepdim=True)
     rows = torch.arange(len(queries))
-    return {"prologue": weights[:, :, 1:k + 1].sum(-1).mean(1), "above": weights[:, rows, queries - side + 1].mean(1),
-            "two left": weights[:, rows, queries - 1].mean(1)}
+    return {
+        "prologue": weights[:, :, 1 : cfg.num_prologue + 1].sum(-1).mean(1),
+        "above": weights[:, rows, queries - side + 1].mean(1),
+        "two left": weights[:, rows, queries - 1].mean(1),
+    }
 
 
-def prologue_maps(tokenizer, x, path):
-    """Rows of images: the image, then one heat map for each prologue token."""
-    n, side = tokenizer.cfg.num_visual, round(tokenizer.cfg.num_visual**0.5)
-    maps = Recorder().record(lambda: tokenizer.encode(x))
-    if tokenizer.cfg.layout == "post":
-        maps = maps[tokenizer.cfg.encoder[0]:]  # the prologue encoder's
-    maps = maps[-max(1, 2 * len(maps) // 3):].mean(0)[:, n:, :n]  # (B, K, N), of the last two thirds of the layers
-    figure, axes = pyplot.subplots(len(x), maps.shape[1] + 1, figsize=(1.1 * (maps.shape[1] + 1), 1.1 * len(x)), squeeze=False)
-    for row, image, heat in zip(axes, to_uint8(x), maps):
-        row[0].imshow(image)
-        for axis, weights in zip(row[1:], heat):
-            axis.imshow(np.asarray(image).mean(-1), cmap="gray")
-            axis.imshow(weights.view(side, side), cmap="jet", alpha=0.6, extent=(-0.5, x.shape[3] - 0.5, x.shape[2] - 0.5, -0.5),
-                        interpolation="bilinear")
+# The encoder
+
+
+def prologue_weights(tokenizer, images):
+    """(B, K, N): of images (B, 3, H, W), how much each prologue token reads of each patch."""
+    n = tokenizer.cfg.num_visual
+    layers = attention_weights(lambda: tokenizer.encode(images))
+    if tokenizer.cfg.layout == "post":  # its prologue has an encoder of its own
+        layers = layers[tokenizer.cfg.encoder[0] :]
+    last = max(1, 2 * len(layers) // 3)
+    return torch.stack(layers[-last:]).mean(0)[:, n:, :n]
+
+
+def save_prologue_picture(path, images, weights, grid):
+    """A row for each image (B, 3, H, W): the image, then a heat map for each prologue token."""
+    rows = len(images)
+    columns = weights.shape[1] + 1
+    height, width = images.shape[2:]
+    figure = Figure(figsize=(1.1 * columns, 1.1 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    pixels = to_uint8(images).numpy()  # (B, H, W, 3)
+    for i in range(rows):
+        axes[i, 0].imshow(pixels[i])
+        for j in range(1, columns):
+            axes[i, j].imshow(pixels[i].mean(-1), cmap="gray")
+            heat = weights[i, j - 1].view(grid, grid).numpy()
+            axes[i, j].imshow(heat, cmap="jet", alpha=0.6, interpolation="bilinear",
+                              extent=(-0.5, width - 0.5, height - 0.5, -0.5))
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout(pad=0.2)
     figure.savefig(path, dpi=80)
 
 
+def parse_args():
+    parser = argparse.ArgumentParser(description="Where the models look.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--out", default="out", help="folder for the pictures, and where the pair is looked for")
+    flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
+    flag("--ar", help="AR file; by default that in --out, or else the shipped one")
+    flag("--data", default=str(EMBEDDED / "val"), help="images in class folders")
+    flag("--images", type=whole(1), default=64,
+         help="images that the AR model's attention is averaged over")
+    return parser.parse_args()
+
+
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default="out")
-    parser.add_argument("--tokenizer", help="by default tokenizer.safetensors in --out")
-    parser.add_argument("--ar", help="by default ar.safetensors in --out")
-    parser.add_argument("--data", default=str(EMBEDDED / "val"))
-    parser.add_argument("--images", type=int, default=64, help="images that the AR model's maps are averaged over")
-    args = parser.parse_args()
+    args = parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer, ar, paths = load_pair(args, "cpu")
+    tokenizer, ar, paths = load_pair(args, torch.device("cpu"))
     print(f"{paths[0]} and {paths[1]}")
-    images = Images(args.data, tokenizer.cfg.image_size)
-    index = [i * len(images) // args.images for i in range(args.images)]
-    x = to_float(torch.stack([images[i, i][0][0] for i in index]))
-    shares = ar_maps(ar, tokenizer.encode(x), torch.from_numpy(images.labels[index]), out / "ar_attention.png")
-    for name, values in shares.items():
-        print(f"attention to {name:10}" + "  ".join(f"layer {i + 1}: {v:.3f}" for i, v in enumerate(values.tolist())))
+
+    # Images, spread over all classes
+    images = Images(args.data)
+    if len(images.classes) != ar.cfg.num_classes:
+        raise InputError(
+            f"{args.data} has {len(images.classes)} classes, and {paths[1]} was trained on "
+            f"{ar.cfg.num_classes}"
+        )
+    count = args.images
+    indices = [i * len(images) // count for i in range(count)]
+    crops = [center_crop(images.open(i), tokenizer.cfg.image_size) for i in indices]
+    x = to_float(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))  # (B, 3, H, W)
+
+    # AR model
+    weights = ar_weights(ar, tokenizer.encode(x), images.labels[indices])
+    for name, shares in ar_shares(weights, ar.cfg).items():
+        layers = [f"layer {i + 1}: {share:.3f}" for i, share in enumerate(shares.tolist())]
+        print(f"attention to {name:10}{'  '.join(layers)}")
+    save_ar_picture(out / "ar_attention.png", weights, ar.cfg.num_prologue)
     print(f"{out / 'ar_attention.png'}: the AR model's layers")
-    if tokenizer.cfg.num_prologue:
-        prologue_maps(tokenizer, x[::max(1, len(x) // 8)][:8], out / "prologue_attention.png")
+
+    # Encoder
+    if tokenizer.cfg.num_prologue > 0:
+        x = x[:: max(1, count // 8)][:8]
+        weights = prologue_weights(tokenizer, x)
+        save_prologue_picture(out / "prologue_attention.png", x, weights, tokenizer.cfg.grid)
         print(f"{out / 'prologue_attention.png'}: what each prologue token reads")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -344,7 +344,8 @@ def bench_fid(args, batch_size):
     with torch.no_grad():
         seconds = best(lambda: ours(images), args.repeat)
         their_seconds = best(lambda: theirs(images.permute(0, 3, 1, 2)), args.repeat)
-    print(f"  torch-fidelity's extractor: {batch_size / their_seconds:.2f} images/s")
+    print(f"  torch-fidelity's extractor: {batch_size / their_seconds:.2f} images/s",
+          file=sys.stderr)
 
     rng = np.random.default_rng(0)
     scales = np.linspace(0.1, 2, 2048, dtype=np.float32)
@@ -353,9 +354,9 @@ def bench_fid(args, batch_size):
     moments_a = (a.mean(0).astype(np.float64), np.cov(a, rowvar=False))
     moments_b = (b.mean(0).astype(np.float64), np.cov(b, rowvar=False))
     distance_seconds = best(lambda: fid.frechet_distance(*moments_a, *moments_b), 1)
-    print(f"  FID of 2,048 features: {distance_seconds:.2f} s")
+    print(f"  FID of 2,048 features: {distance_seconds:.2f} s", file=sys.stderr)
     pr_seconds = best(lambda: fid.precision_recall(a, b, args.device), 1)
-    print(f"  precision and recall of 10,000 and 10,000: {pr_seconds:.1f} s")
+    print(f"  precision and recall of 10,000 and 10,000: {pr_seconds:.1f} s", file=sys.stderr)
     return dict(seconds=seconds, images=batch_size, peak_gb=peak_memory(args.device),
                 flops=11.4e9 * batch_size)
 
@@ -402,7 +403,9 @@ def run_job(job, batch_size, args):
     text = f"{job}: {images_per_s:.0f} images/s in one thread"
     if result["flops"] is not None:
         floor = max(result["flops"] / rate, result.get("bytes", 0) / read_rate)
-        name = f"{job} {args.size} batch {batch_size}"
+        name = f"{job} batch {batch_size}"
+        if job != "fid":
+            name = f"{job} {args.size} batch {batch_size}"
         line = {"name": name, "seconds": seconds, "floor_seconds": floor, "ratio": seconds / floor,
                 "peak_gb": result["peak_gb"], "images_per_s": images_per_s}
         text = (f"{name}: {seconds:.3g} s, {seconds / floor:.2f}x the floor of {floor:.3g} s (GEMM "

@@ -1,106 +1,161 @@
-"""A page on this machine's browser: draw images, keep a prologue and draw the rest anew, change single prologue tokens.
+"""A page in the browser: draw images, keep a prologue and draw the rest anew, change single
+prologue tokens.
 
     pip install gradio
-    python tools/demo.py                                # out/ if it holds a pair, else the checkpoint in the repository
-    python tools/demo.py --tokenizer ckpts/prologue-l-tokenizer --ar ckpts/ar-prologue-l-xl --preset prologue-l-xl
+    python tools/demo.py                    # the pair in out/, else the shipped one
+    python tools/demo.py --out l_xl         # a released pair that tools/released.py has imported
 """
+
 import argparse
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import InputError, Machine, common_flags, run
-from sample import PRESETS, Sampler, load_pair, sampling_defaults
+from sample import PRESETS, decode, draw, load_pair, pack_for_cpu, preset_settings
+from tokenizer import InputError, whole
+
+# The settings that have a slider, and its ends
+SLIDERS = {
+    "cfg_visual": (0, 20),
+    "cfg_prologue": (0, 3),
+    "cfg_power": (0.05, 3),
+    "temperature": (0.1, 1.5),
+    "temperature_prologue": (0.1, 1.5),
+}
 
 
-def page(sampler, columns):
-    """The gradio page. Its state is the prologue (columns, K) behind each picture and the seed of the visual tokens."""
-    import gradio
-    cfg, settings = sampler.ar.cfg, sampler.settings
-    names = cfg.classes or [str(i) for i in range(cfg.num_classes)]
-    k = cfg.num_prologue
+class Session:
+    """What the buttons do. The page keeps what they return: pictures, the prologue of each (n, K),
+    the table of these, the seed, and a sentence.
 
-    def draw(label, seed, chosen, prologue=None):
-        sampler.seed, sampler.settings = int(seed), dict(zip(settings, chosen))
-        labels = torch.full((columns,), names.index(label))
-        codes = sampler.codes(labels, range(columns), prologue)
-        table = [[i + 1, *row] for i, row in enumerate(codes[:, :k].tolist())]
-        return list(sampler.pixels(codes).numpy()), codes[:, :k], table
+    chosen: the values of SLIDERS, in their order. picture and position count from 1.
+    """
 
-    def resample_all(label, seed, *chosen):
-        return *draw(label, seed, chosen), "Each picture has a prologue of its own."
+    def __init__(self, tokenizer, ar, columns):
+        self.tokenizer = tokenizer
+        self.ar = ar
+        self.columns = columns
+        self.names = ar.cfg.classes or [str(i) for i in range(ar.cfg.num_classes)]
 
-    def keep_prologue(label, seed, picture, prologue, *chosen):
+    @torch.no_grad()
+    def paint(self, label, seed, chosen, prologue=None):
+        """Pictures, their prologues (n, K), and the table of these; drawn with `prologue` (n, K) if
+        it is given."""
+        n = self.columns
+        labels = torch.full((n,), self.names.index(label))
+        settings = dict(zip(SLIDERS, chosen))
+        codes = draw(self.ar, labels, range(n), int(seed), n, settings, prologue)  # (n, K+N)
+        images = decode(self.tokenizer, codes, n)  # (n, H, W, 3)
+        prologue = codes[:, : self.ar.cfg.num_prologue].cpu()
+        table = [[i + 1, *row] for i, row in enumerate(prologue.tolist())]
+        return list(images.numpy()), prologue, table
+
+    def resample_all(self, label, seed, *chosen):
+        pictures, prologue, table = self.paint(label, seed, chosen)
+        return pictures, prologue, table, "Each picture has a prologue of its own."
+
+    def keep_prologue(self, label, seed, picture, prologue, *chosen):
+        if prologue is None:  # before anything has been drawn
+            prologue = self.paint(label, seed, chosen)[1]
+        seed = int(seed) + 1
+        kept = prologue[int(picture) - 1].expand(self.columns, -1)
+        pictures, prologue, table = self.paint(label, seed, chosen, kept)
+        text = f"All pictures share prologue {int(picture)}; their visual tokens are drawn anew."
+        return pictures, prologue, table, seed, text
+
+    def change_token(self, label, seed, picture, position, code, prologue, *chosen):
         if prologue is None:
-            prologue = draw(label, seed, chosen)[1]
-        seed += 1
-        kept = prologue[[int(picture) - 1]].expand(columns, -1)
-        return *draw(label, seed, chosen, kept), seed, f"All pictures share prologue {int(picture)}; visual tokens drawn anew."
-
-    def change_token(label, seed, picture, position, code, prologue, *chosen):
-        if prologue is None:
-            prologue = draw(label, seed, chosen)[1]
+            prologue = self.paint(label, seed, chosen)[1]
         changed = prologue.clone()
         changed[int(picture) - 1, int(position) - 1] = int(code)
-        return *draw(label, seed, chosen, changed), (f"Token {int(position)} of prologue {int(picture)} is now {int(code)}; "
-                                                     "the noise behind the visual tokens is the same as before.")
+        pictures, prologue, table = self.paint(label, seed, chosen, changed)
+        text = (f"Token {int(position)} of prologue {int(picture)} is now {int(code)}; the noise "
+                "behind the visual tokens is the same as before.")
+        return pictures, prologue, table, text
 
-    with gradio.Blocks(title="Prologue") as blocks:
-        gradio.Markdown("# Prologue\nAn image is *[prologue tokens] + [visual tokens]*. Draw, keep a prologue, change one token.")
+
+def build_page(session, settings):
+    """The gradio page; settings are where the sliders start."""
+    import gradio
+
+    cfg = session.ar.cfg
+    k = cfg.num_prologue
+    with gradio.Blocks(title="Prologue") as page:
+        gradio.Markdown("# Prologue\nAn image is *[prologue tokens] + [visual tokens]*. Draw, keep "
+                        "a prologue, change one token.")
         prologue = gradio.State(None)
         with gradio.Row():
-            label = gradio.Dropdown(names, value=names[0], label="class")
+            label = gradio.Dropdown(session.names, value=session.names[0], label="class")
             seed = gradio.Number(0, label="seed", precision=0)
         with gradio.Row():
-            sliders = [gradio.Slider(low, high, settings[key], label=key) if high else gradio.State(settings[key])
-                       for key in settings for low, high in [{
-                           "cfg_visual": (0, 10), "cfg_prologue": (0, 3), "cfg_power": (0.05, 3), "temperature": (0.1, 1.5),
-                           "temperature_prologue": (0.1, 1.5)}.get(key, (0, 0))]]
-        every = gradio.Button("resample all", variant="primary")
-        pictures = gradio.Gallery(columns=columns, height=160, label="pictures", object_fit="contain")
-        said = gradio.Markdown()
-        if k:
-            codes = gradio.Dataframe(headers=["picture", *(f"p{i + 1}" for i in range(k))], label="prologue codes",
-                                     interactive=False)
+            sliders = []
+            for name, (low, high) in SLIDERS.items():
+                sliders.append(gradio.Slider(low, high, settings[name], label=name))
+        draw_all = gradio.Button("resample all", variant="primary")
+        pictures = gradio.Gallery(columns=session.columns, height=160, label="pictures",
+                                  object_fit="contain")
+        text = gradio.Markdown()
+        headers = ["picture"] + [f"p{i + 1}" for i in range(k)]
+        table = gradio.Dataframe(headers=headers, label="prologue codes", visible=k > 0)
+        for event in (draw_all.click, page.load):
+            event(session.resample_all, [label, seed, *sliders], [pictures, prologue, table, text])
+        if k > 0:
             with gradio.Row():
-                picture = gradio.Slider(1, columns, 1, step=1, label="picture")
+                picture = gradio.Slider(1, session.columns, 1, step=1, label="picture")
                 position = gradio.Slider(1, k, 1, step=1, label="prologue token")
                 code = gradio.Slider(0, cfg.prologue_codebook_size - 1, 0, step=1, label="new code")
             with gradio.Row():
                 keep = gradio.Button("keep the prologue of that picture, resample the rest")
                 change = gradio.Button("change that token")
-            keep.click(keep_prologue, [label, seed, picture, prologue, *sliders], [pictures, prologue, codes, seed, said])
-            change.click(change_token, [label, seed, picture, position, code, prologue, *sliders],
-                         [pictures, prologue, codes, said])
-        else:
-            codes = gradio.State(None)
-        for event in (every.click, blocks.load):
-            event(resample_all, [label, seed, *sliders], [pictures, prologue, codes, said])
-    return blocks
+            keep.click(session.keep_prologue, [label, seed, picture, prologue, *sliders],
+                       [pictures, prologue, table, seed, text])
+            change.click(session.change_token,
+                         [label, seed, picture, position, code, prologue, *sliders],
+                         [pictures, prologue, table, text])
+    return page
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="A page to draw images on.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--out", default="out", help="folder where the pair is looked for")
+    flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
+    flag("--ar", help="AR file; by default that in --out, or else the shipped one")
+    flag("--preset", choices=PRESETS,
+         help="settings to start with; by default the AR file's own, or tiny")
+    flag("--columns", type=whole(1), default=8, help="pictures drawn at a time")
+    flag("--port", type=whole(0), default=7860, help="of the page on this machine")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+         help="auto is what torch finds")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--tokenizer", help="tokenizer file or released directory")
-    parser.add_argument("--ar", help="AR file or released directory")
-    parser.add_argument("--preset", choices=PRESETS, help="sampling settings to start with")
-    parser.add_argument("--columns", type=int, default=8, help="pictures drawn at a time")
-    parser.add_argument("--port", type=int, default=7860)
-    common_flags(parser, batch_size=64)
-    args = parser.parse_args()
+    args = parse_args()
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise InputError("the page needs gradio: pip install gradio") from None
-    machine = Machine(args)
-    tokenizer, ar, _ = load_pair(args, machine.device)
-    ar.freeze(machine.dtype)
-    sampler = Sampler(ar, tokenizer, machine, args.seed, args.batch_size, sampling_defaults(args.preset, False))
-    page(sampler, args.columns).launch(server_name="127.0.0.1", server_port=args.port)
+    available = "cpu"
+    if torch.accelerator.is_available():
+        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
+    if args.device not in ("auto", "cpu", available):
+        raise InputError(
+            f"--device {args.device} cannot be used: torch finds only {available} here"
+        )
+    device = torch.device(available if args.device == "auto" else args.device)
+    tokenizer, ar, paths = load_pair(args, device)
+    if device.type == "cpu":
+        pack_for_cpu(ar)
+    preset = args.preset or ar.cfg.preset or "tiny"
+    print(f"{paths[0]} and {paths[1]}, preset {preset}", flush=True)
+    page = build_page(Session(tokenizer, ar, args.columns), preset_settings(preset))
+    page.launch(server_name="127.0.0.1", server_port=args.port)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

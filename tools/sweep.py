@@ -2,8 +2,8 @@
 
     python tools/sweep.py cfg_visual=1.5,2,3 cfg_power=0.2,0.5  # the pair in out/, else the shipped
     python tools/sweep.py temperature=0.8,0.9,1 --no_cfg --num 5000
-    python tools/sweep.py cfg_visual=2,2.25 cfg_prologue=0.6,0.7 --out l_xl --num 10000 --dtype bf16 \\
-        --reference VIRTUAL_imagenet256_labeled.npz
+    python tools/sweep.py cfg_visual=2,2.25 cfg_prologue=0.6,0.7 --out l_xl --num 10000 \\
+        --dtype bf16 --reference VIRTUAL_imagenet256_labeled.npz
 
 What is not given is as the preset says; a single value, as in cfg_schedule=linear, is only set.
 Image i of every combination is drawn with the noise of sample.py's image i, so that combinations
@@ -53,7 +53,7 @@ def read_axes(texts):
     axes = {}
     for text in texts:
         name, _, values = text.partition("=")
-        if name not in SETTINGS:
+        if name not in SETTINGS or not values:
             raise InputError(
                 f"{text}: NAME=VALUE,VALUE is needed, where NAME is one of {', '.join(SETTINGS)}"
             )
@@ -152,10 +152,11 @@ def parse_args():
     parser = argparse.ArgumentParser(description="gFID over sampling settings.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("axes", nargs="+", metavar="NAME=VALUE,VALUE", help=f"NAME is one of {', '.join(SETTINGS)}")
+    flag("axes", nargs="+", metavar="NAME=VALUE,VALUE",
+         help=f"NAME is one of {', '.join(SETTINGS)}")
     flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
     flag("--ar", help="AR file; by default that in --out, or else the shipped one")
-    flag("--out", default="out", help="folder for what is written, and where the pair is looked for")
+    flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--preset", choices=PRESETS,
          help="settings of what is not swept; by default the AR file's own, or tiny")
     flag("--no_cfg", action="store_true", help="the preset's settings without guidance")

@@ -1,17 +1,19 @@
-"""gFID and rFID of a run while it trains, in a process of its own: the training does not wait.
+"""gFID and rFID of a run while it trains, in a process of its own, for which the training does not
+wait.
 
-    CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --nproc_per_node 4 train_ar.py --out out ... &
+    CUDA_VISIBLE_DEVICES=0,1,2,3 torchrun --nproc_per_node 4 train_stage1.py --out out ... &
+    CUDA_VISIBLE_DEVICES=7 python tools/watch.py out --eval_images 5000
     CUDA_VISIBLE_DEVICES=7 python tools/watch.py out --preset prologue-b-b --num 10000 \\
-        --val_data imagenet/val --reference VIRTUAL_imagenet256_labeled.npz
-    python tools/watch.py out --once            # only measures what is new now
+        --reference VIRTUAL_imagenet256_labeled.npz     # the same in stage 2
+    python tools/watch.py out --once                    # only measures what is new now
     python tools/curves.py out --log watch.jsonl --keys val_gfid val_gfid_no_cfg
 
-It looks for a newly saved tokenizer.safetensors or ar.safetensors in the folder of the run, in
-either stage, and measures the newest: rFID and PSNR of a tokenizer on held-out images, gFID and
-Inception Score of an AR model with the preset's guidance and without. What --save_every of the
-trainer leaves no time for is skipped. Each measure becomes a line of watch.jsonl; a watch that is
-started again goes on behind it. Give it a GPU of its own, or on a CPU fewer images: it takes
-what it can get. Ctrl-C ends it.
+`out` is the --out folder of the run. Every --seconds it looks whether the trainer has saved a new
+tokenizer.safetensors or ar.safetensors there, and measures it: rFID and PSNR of a tokenizer on
+held-out images, gFID and Inception Score of an AR model with guidance and without. Each result is a
+line of out/watch.jsonl. If the trainer saves more often than this can measure, some files are left
+out. Beside a training on a GPU it needs another GPU, beside one on a CPU it slows both. It knows no
+end: Ctrl-C stops it, and when it is started again it goes on with what is not in watch.jsonl yet.
 """
 
 import argparse
@@ -83,16 +85,23 @@ def saved_at(path):
     return path.stat().st_mtime if path.exists() else None
 
 
-def progress(out, file):
-    """Step and images of the run. They are read from the training state, which the trainers save
-    just before the weights; the end of their logs may be many steps further on."""
+def training_state(path):
+    """The step and the flags of a training state, in which step is 0 if there is none."""
+    if not path.exists():
+        return 0, {}
+    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    return state["step"], state["args"]
+
+
+def new_entry(out, file, saved):
+    """A line without its measures. The step comes from the training state, which the trainers save
+    just before the weights: their log may be many steps further on."""
     path = out / "train_stage1.pt"
     if file == "ar.safetensors" and (out / "train_ar.pt").exists():  # else it is a OneStage run
         path = out / "train_ar.pt"
-    if not path.exists():
-        return {"step": 0, "images": 0}
-    state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    return {"step": state["step"], "images": state["step"] * state["args"]["batch_size"]}
+    step, flags = training_state(path)
+    images = step * flags.get("batch_size", 0)
+    return {"step": step, "images": images, "file": file, "saved": saved}
 
 
 # The measures
@@ -133,14 +142,15 @@ def parse_args():
     flag("--seconds", type=real(0.1), default=30, help="between two looks")
 
     # Tokenizer
-    flag("--data", default=str(EMBEDDED / "train"), help="training images, as in train_stage1.py")
-    flag("--val_data",
-         help="held-out images; by default the folder val beside a --data named train, else --data")
+    flag("--val_data", help="held-out images; by default those of the training")
     flag("--eval_images", type=whole(2), default=1000, help="held-out images for rFID")
 
     # AR model
+    flag("--tokenizer",
+         help="tokenizer file, if the run is one of stage 2 that has none in its folder")
     flag("--num", type=whole(2), default=2000, help="images for each gFID")
-    flag("--reference", help="npz, folder or zip that gFID compares with; by default --data")
+    flag("--reference",
+         help="npz, folder or zip that gFID compares with; by default the training images")
     flag("--preset", choices=PRESETS, help="guidance; by default the AR file's own, or tiny")
     flag("--seed", type=whole(0), default=0, help="of the noise")
 
@@ -159,10 +169,8 @@ def main():
     args = parse_args()
     out = Path(args.out)
     log = out / "watch.jsonl"
-    tokenizer_path = out / "tokenizer.safetensors"
+    tokenizer_path = Path(args.tokenizer or out / "tokenizer.safetensors")
     ar_path = out / "ar.safetensors"
-    val_data = args.val_data or default_val(args.data) or args.data
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it on the spot, nothing is half done
 
     # Device
     available = "cpu"
@@ -177,12 +185,18 @@ def main():
 
     # The run may not have saved anything yet
     while not tokenizer_path.exists():
-        if args.once:
-            raise InputError(f"{tokenizer_path} does not exist: there is nothing to measure")
+        if args.once or args.tokenizer:
+            raise InputError(f"{tokenizer_path} does not exist, there is nothing to measure")
         time.sleep(args.seconds)
+
+    # Network and data, by default those of the training. What both sides are compared with is
+    # computed when it is needed first.
     size = Tokenizer.load(tokenizer_path).cfg.image_size
     network = fid.feature_network("auto", size, args.inception, device)[1]
-    originals = None  # both sides to compare with are computed when they are needed first
+    flags = training_state(out / "train_stage1.pt")[1]
+    data = flags.get("data", str(EMBEDDED / "train"))
+    val_data = args.val_data or flags.get("val_data") or default_val(data) or data
+    originals = None
     reference = None
 
     measured = {entry["file"]: entry["saved"] for entry in read_log(log)}  # the newest of each
@@ -193,10 +207,9 @@ def main():
         ar_saved = saved_at(ar_path)
 
         # Tokenizer
-        if tokenizer_saved != measured.get("tokenizer.safetensors"):
+        if not args.tokenizer and tokenizer_saved != measured.get("tokenizer.safetensors"):
             tokenizer = Tokenizer.load(tokenizer_path).to(device)
-            entry = progress(out, "tokenizer.safetensors")
-            entry |= {"file": "tokenizer.safetensors", "saved": tokenizer_saved}
+            entry = new_entry(out, "tokenizer.safetensors", tokenizer_saved)
             if originals is None:
                 images = HeldOut(val_data, args.eval_images, size)
                 title = f"features of {val_data}"
@@ -217,10 +230,9 @@ def main():
                 print(f"not measured: {error}", flush=True)
                 refused = pair
             else:
-                entry = progress(out, "ar.safetensors")
-                entry |= {"file": "ar.safetensors", "saved": ar_saved}
+                entry = new_entry(out, "ar.safetensors", ar_saved)
                 if reference is None:
-                    reference = fid.reference_features(args.reference or args.data, network, device,
+                    reference = fid.reference_features(args.reference or data, network, device,
                                                        args.batch_size, size)
                 entry |= measure_ar(tokenizer, ar, args, network, reference, device, autocast)
                 add_line(log, entry)
@@ -232,4 +244,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it on the spot, nothing is half done
     main()
