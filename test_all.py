@@ -1,7 +1,7 @@
 """The tests that explain: shapes, gradient routing, sampling. `python -m pytest test_all.py`
 
-Tiny models with random weights, seconds. tests/ has what protects the rest: losses, files, the scripts as a
-user runs them, the released checkpoints, fid.py.
+Tiny models with random weights. tests/ has what protects the rest: losses, files, the scripts as
+a user runs them, the released checkpoints, fid.py.
 """
 
 from dataclasses import replace

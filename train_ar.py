@@ -440,9 +440,10 @@ def main():
         # Step. Where a gradient is not finite, and then it is on all ranks, found_inf makes fused
         # AdamW leave everything as it was; no value has to come to the CPU for that.
         norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or math.inf)
-        optimizer.found_inf = (~norm.isfinite()).float()
+        finite = norm.isfinite()
+        optimizer.found_inf = (~finite).float()
         optimizer.step()
-        skipped = (skipped + 1) * optimizer.found_inf
+        skipped = torch.where(finite, torch.zeros_like(skipped), skipped + 1)
 
         # All ranks stop at the same step
         if world_size > 1:

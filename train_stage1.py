@@ -121,7 +121,7 @@ class Discriminator(nn.Module):
         logits_real = self.net(real_images)  # (B, 1, h, w)
         logits_fake = self.net(fake_images.detach())
         if not r1:
-            return logits_real, logits_fake, torch.zeros_like(logits_real.sum())
+            return logits_real, logits_fake, logits_real.new_zeros(())
         (gradient,) = torch.autograd.grad(logits_real.sum(), real_images, create_graph=True)
         return logits_real, logits_fake, gradient.square().sum((1, 2, 3)).mean()
 
@@ -470,6 +470,9 @@ def as_text(entry):
 
 # The script
 
+# What is printed of a line of the log
+SHOWN = ("step", "l1", "vq", "perceptual", "gan", "ce", "discriminator", "images_per_s")
+
 # Flags that change the tokenizer; those left out are those of --size.
 MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_prologue",
                "prologue_codebook_size")
@@ -800,7 +803,7 @@ def main():
             optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
             terms[f"gradient_of_{name}"] = norm
-        skipped = (skipped + 1) * (~finite)
+        skipped = torch.where(finite, zero, skipped + 1)
 
         # EMA, over less than its half-life as long as there is little to average over
         update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * step))
@@ -821,9 +824,10 @@ def main():
             entry["lr"] = learning_rate(step, args)
             entry["images_per_s"] = (step - clock_step) * args.batch_size / seconds
             if rank == 0:
-                left = (args.steps - step) * args.batch_size / entry["images_per_s"]
                 write_log(out / "train_stage1.jsonl", entry)
-                print(f"{as_text(entry)}  {left / 60:.0f} min left", flush=True)
+                shown = {name: entry[name] for name in SHOWN if name in entry}
+                left = (args.steps - step) * args.batch_size / entry["images_per_s"]
+                print(f"{as_text(shown)}  {left / 60:.0f} min left", flush=True)
             if skipped >= 10:
                 bad = [name for name in terms if not math.isfinite(entry[name])]
                 raise InputError(f"{bad[0]} has not been finite for {int(skipped)} steps, which "

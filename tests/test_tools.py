@@ -1,0 +1,284 @@
+"""Tests of the tools that measure and draw, with the shipped pair and a few images.
+
+    python -m pytest tests/test_tools.py
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tools"))
+
+import sample
+import sweep
+import watch
+from ar import AR
+from pretokenize import EMBEDDED, Images
+from tokenizer import InputError, Tokenizer
+
+SHIPPED = ROOT / "checkpoints" / "fashion_mnist"
+
+
+def run(monkeypatch, name, *args):
+    """Runs a script in this process, as if `args` were its command line."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    importlib.import_module(name).main()
+
+
+def run_script(path, *args):
+    """Runs a script in a process of its own: exit code and stderr."""
+    result = subprocess.run([sys.executable, ROOT / path, *map(str, args)], capture_output=True,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return result.returncode, result.stderr
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder with 16 training and 8 held-out images of two classes."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 8), ("val", 4)):
+        images = Images(EMBEDDED / split)
+        for label in (0, 1):
+            name = images.classes[label]
+            (folder / split / name).mkdir(parents=True)
+            numbers = (images.labels == label).nonzero()[:count, 0].tolist()
+            for i in numbers:
+                images.open(i).save(folder / split / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The --out folder of two steps of OneStage, which makes both a tokenizer and an AR model."""
+    out = tmp_path_factory.mktemp("trained")
+    code, errors = run_script("train_stage1.py", "--data", data / "train", "--out", out,
+                              "--onestage", "--steps", 2, "--batch_size", 4, "--gan_weight", 0)
+    assert code == 0, errors
+    return out
+
+
+# Sweep
+
+
+def test_sweep_writes_all_combinations_best_first(monkeypatch, tmp_path, data):
+    run(monkeypatch, "sweep", "cfg_visual=3,1", "temperature=0.5,1", "top_k=5", "--num", 8,
+        "--reference", data / "train", "--out", tmp_path)
+    result = json.loads((tmp_path / "sweep.json").read_text())
+    rows = result["rows"]
+    assert result["swept"] == ["cfg_visual", "temperature", "top_k"]
+    tried = {(row["cfg_visual"], row["temperature"], row["top_k"]) for row in rows}
+    assert tried == {(1, 0.5, 5), (1, 1, 5), (3, 0.5, 5), (3, 1, 5)}
+    gfid = [row["gfid"] for row in rows]
+    assert gfid == sorted(gfid)
+    assert min(gfid) > 0
+    assert all(row["inception_score"] >= 1 for row in rows)
+    assert result["num"] == 8
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "sweep.png").stat().st_size > 1000
+
+
+@torch.no_grad()
+def test_sweep_measures_the_images_that_sample_py_draws(monkeypatch, tmp_path):
+    run(monkeypatch, "sample", "--num", 8, "--columns", 1, "--cfg_visual", 3, "--batch_size", 8,
+        "--out", tmp_path)
+    expected = np.load(tmp_path / "samples.npz")["arr_0"]
+    tokenizer = Tokenizer.load(SHIPPED / "tokenizer.safetensors")
+    ar = AR.load(SHIPPED / "ar.safetensors")
+    sample.pack_for_cpu(ar)
+    settings = sample.preset_settings("tiny") | {"cfg_visual": 3.0}
+    autocast = torch.autocast("cpu", enabled=False)
+    samples = sweep.Samples(tokenizer, ar, 8, seed=0, settings=settings, autocast=autocast)
+    assert np.array_equal(samples[0:8], expected)
+
+
+@pytest.mark.parametrize(
+    "axes, sentence",
+    [
+        (["scale=1"], "NAME is one of cfg_visual"),
+        (["cfg_visual"], "NAME=VALUE"),
+        (["cfg_visual=1,two"], "'two' is not a finite number"),
+        (["top_k=1.5"], "'1.5' is not a whole number"),
+        (["cfg_schedule=round"], "not one of constant, linear, cosine"),
+        (["top_p=0.5", "top_p=0.9"], "top_p is given twice"),
+    ],
+)
+def test_sweep_refuses_what_it_cannot_vary(axes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        sweep.read_axes(axes)
+
+
+def test_a_refusal_is_one_line_and_exit_code_1(tmp_path):
+    code, errors = run_script("tools/sweep.py", "scale=1", "--out", tmp_path)
+    assert code == 1
+    assert len(errors.splitlines()) == 1
+
+
+# Watch
+
+
+def lines_of(log):
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_watch_measures_what_is_new_and_only_that(monkeypatch, tmp_path, trained, capsys):
+    for name in ("tokenizer.safetensors", "ar.safetensors", "train_stage1.pt"):
+        shutil.copy(trained / name, tmp_path)
+    log = tmp_path / "watch.jsonl"
+    once = (tmp_path, "--once", "--num", 4, "--eval_images", 6)
+
+    run(monkeypatch, "watch", *once)
+    of_tokenizer, of_ar = lines_of(log)
+    for line in (of_tokenizer, of_ar):
+        assert line["step"] == 2
+        assert line["images"] == 8
+    assert of_tokenizer["val_rfid"] > 0
+    assert of_tokenizer["val_psnr"] > 0
+    assert of_ar["val_gfid"] > 0
+    assert of_ar["val_gfid_no_cfg"] > 0
+    assert of_ar["val_inception_score"] >= 1
+
+    before = log.read_text()
+    run(monkeypatch, "watch", *once)
+    assert log.read_text() == before
+
+    # The same step once more, as after a run that was started anew: it takes the place of the old
+    os.utime(tmp_path / "tokenizer.safetensors", (1, 1))
+    run(monkeypatch, "watch", *once)
+    assert [line["file"] for line in lines_of(log)] == ["ar.safetensors", "tokenizer.safetensors"]
+    assert lines_of(log)[1]["saved"] == 1
+
+    # An AR model of another tokenizer
+    before = log.read_text()
+    shutil.copy(SHIPPED / "ar.safetensors", tmp_path)
+    run(monkeypatch, "watch", *once)
+    assert "not measured" in capsys.readouterr().out
+    assert log.read_text() == before
+
+
+def test_watch_of_a_stage_2_run_takes_the_tokenizer_of_another_folder(monkeypatch, tmp_path, data):
+    shutil.copy(SHIPPED / "ar.safetensors", tmp_path)
+    run(monkeypatch, "watch", tmp_path, "--once", "--num", 4, "--reference", data / "train",
+        "--tokenizer", SHIPPED / "tokenizer.safetensors")
+    lines = lines_of(tmp_path / "watch.jsonl")
+    assert [line["file"] for line in lines] == ["ar.safetensors"]
+
+
+def test_watch_once_says_that_nothing_is_there(monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        run(monkeypatch, "watch", tmp_path, "--once")
+
+
+def test_held_out_images_are_spread_over_the_classes(data):
+    held_out = watch.HeldOut(data / "val", 4, size=28)
+    assert held_out.images.labels[held_out.indices].tolist() == [0, 0, 1, 1]
+    assert held_out[1:3].shape == (2, 28, 28, 3)
+    assert len(watch.HeldOut(data / "val", 1000, size=28)) == 8
+
+
+# Curves
+
+
+def test_curves_of_a_log(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    lines = [{"step": 1, "images": 4, "ce": 2.0}, {"step": 1, "val_nats": 5.0},
+             {"step": 2, "images": 8, "ce": 1.0}, {"step": 2, "val_nats": 4.0}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "train_ar.jsonl").write_text(text + '{"step": 3, "ima')  # cut off by a kill
+    for x in ("step", "images"):
+        picture = tmp_path / f"{x}.png"
+        run(monkeypatch, "curves", tmp_path, "--keys", "ce", "val_nats", "--x", x, "--path",
+            picture)
+        assert picture.stat().st_size > 1000
+    with pytest.raises(InputError, match="holds no val_gfid; it has ce, images, step, val_nats"):
+        run(monkeypatch, "curves", tmp_path, "--keys", "val_gfid")
+    with pytest.raises(InputError, match="does not exist"):
+        run(monkeypatch, "curves", tmp_path, "--log", "watch.jsonl")
+
+    import curves
+
+    entries = curves.read_log(tmp_path / "train_ar.jsonl")
+    curves.add_images("the log", entries)
+    assert [entry["images"] for entry in entries] == [4, 4, 8, 8]
+
+
+# Attention, fixed prologues, probe
+
+
+def test_attention_leaves_its_pictures(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run(monkeypatch, "attention", "--out", tmp_path, "--images", 10)
+    for name in ("ar_attention.png", "prologue_attention.png"):
+        assert (tmp_path / name).stat().st_size > 10000
+    lines = capsys.readouterr().out.splitlines()
+    shares = {}
+    for line in lines:
+        if line.startswith("attention to "):
+            name, *layers = line.removeprefix("attention to ").split("layer ")
+            shares[name.strip()] = [float(layer.split(":")[1]) for layer in layers]
+    # The model has learned to look at the row above, and at the prologue all along
+    assert max(shares["above"]) > 0.2
+    assert min(shares["prologue"]) > 0.1
+    assert all(0 <= share <= 1 for layers in shares.values() for share in layers)
+
+
+def test_a_shared_prologue_brings_images_closer(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "fixed_prologue", "--out", tmp_path, "--pairs", 40)
+    same, other = capsys.readouterr().out.splitlines()[1:]
+    for measure in ("pixel distance", "feature distance"):
+        distances = [float(line.split(measure)[1].split()[0]) for line in (same, other)]
+        assert distances[0] < distances[1]
+
+
+def test_probe(monkeypatch, data, capsys):
+    import probe
+
+    train, test = torch.randn(2, 3000, 4, generator=torch.Generator().manual_seed(0))
+    train_labels = (train[:, 0] > 0).long()
+    test_labels = (test[:, 0] > 0).long()
+    assert probe.probe(train, train_labels, test, test_labels, classes=2) > 0.95
+
+    command = (SHIPPED / "tokenizer.safetensors", "--data", data / "train")
+    run(monkeypatch, "probe", *command)
+    words = capsys.readouterr().out.split()
+    for name in ("hidden", "codes"):
+        assert 0 <= float(words[words.index(name) + 1]) <= 1
+    with pytest.raises(InputError, match="--tokens 9"):
+        run(monkeypatch, "probe", *command, "--tokens", 9)
+
+
+# The page
+
+
+def test_buttons_of_the_page():
+    import demo
+
+    tokenizer = Tokenizer.load(SHIPPED / "tokenizer.safetensors")
+    session = demo.Session(tokenizer, AR.load(SHIPPED / "ar.safetensors"), columns=3)
+    chosen = [2.0, 1.0, 0.25, 1.0, 1.0]
+    pictures, prologue, table, _ = session.resample_all("bag", 0, *chosen)
+    assert len(pictures) == 3
+    assert pictures[0].shape == (28, 28, 3)
+    assert table[1] == [2, *prologue[1].tolist()]
+
+    _, kept, _, seed, _ = session.keep_prologue("bag", 0, 2, prologue, *chosen)
+    assert seed == 1
+    assert torch.equal(kept, prologue[[1, 1, 1]])
+
+    code = (int(prologue[2, 0]) + 1) % 64
+    after, changed, _, _ = session.change_token("bag", 0, 3, 1, code, prologue, *chosen)
+    assert (changed != prologue).nonzero().tolist() == [[2, 0]]
+    # Where the prologue is the same, so is the noise, and thereby the picture
+    assert np.array_equal(after[0], pictures[0])
+
+    pytest.importorskip("gradio")
+    demo.build_page(session, sample.preset_settings("tiny"))
