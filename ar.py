@@ -178,7 +178,6 @@ class AR(nn.Module):
         caches = [KVCache(self.length, fixed) for _ in self.transformer.blocks]
         if fixed:
             caches = self.caches.setdefault(len(x), caches)  # those of an earlier call, if any
-        head = self.head.weight[rows]  # the only rows of the head that are needed here
         start = 0
         codes = []
         for i, scale in enumerate(scales):
@@ -189,7 +188,7 @@ class AR(nn.Module):
                 h = self.step(x, caches, start)  # (2B, D)
             start += x.shape[1]
             with torch.autocast(h.device.type, enabled=False):
-                logits = F.linear(h, head)  # (2B, codes)
+                logits = self.head(h)[:, rows]  # (2B, codes), those that are allowed here
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = scale * conditional + (1 - scale) * unconditional  # (B, codes)

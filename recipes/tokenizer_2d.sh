@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
-# The 2D baseline of Tables 1, 3 and A3: no prologue, no AR in stage 1. Base size; --size L is its Large counterpart.
+# The 2D tokenizer of Tables 1, 3 and A3 and of Fig. 5: the 256 patches are the visual tokens, there
+# is no prologue and no AR model in stage 1.
+#
+# 150 epochs (750k steps at batch 256) to 3e-5, as the paper says; to 1e-5 in the authors' script.
 set -e
 cd "$(dirname "$0")/.."
 source recipes/common.sh
 
-$LAUNCH train_stage1.py --size B --layout 2d --data "$DATA/train" --compile --out "$RUNS/tokenizer_2d" "$@"
+$LAUNCH train_stage1.py --out "$RUNS/tokenizer_2d" --data "$DATA/train" --compile \
+    --size B --layout 2d --crop random --flip \
+    --perceptual vgg --gan_weight 0.1 --gan_channels 64 --lecam_weight 0.001 \
+    --r1_weight 0.01 --r1_every 25 \
+    --steps 750000 --batch_size 256 --lr 1e-4 --min_lr 3e-5 --warmup 20000 --hold 100000 \
+    --ema_half_life 1000 --log_every 100 --eval_every 5000 --save_every 5000 "$@"

@@ -1,14 +1,18 @@
-"""Runs every command in README.md's bash blocks and every recipe, on a few tiny images for a few steps, so that none rots.
+"""Runs every command in README.md's bash blocks and every recipe on a few tiny images for a few
+steps, so that none of them rots.
 
-    python tools/check_readme.py            # prints each command and its seconds; non-zero exit if one fails
+    python tools/check_readme.py    # prints each command and its seconds; exit code 1 if one fails
 
-Commands that install, download or train for minutes are listed as skipped. Big flags are overridden by what TINY appends:
-the last of two equal flags counts. torchrun is left out, the scripts run on one process.
+What installs or trains for minutes is listed as skipped. Flags that make a run large are overridden
+by flags appended to the command, since the last of two equal flags counts. torchrun is left out:
+everything runs on one process, two commands at a time.
 """
+
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,97 +24,215 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
 
-from test_released import official_weights, write_shards
+from test_released import official_weights, write_pair
 
-SKIPPED = ("make ", "pip ", "hf ", "git ", "cd ", "python tools/claims.py", "python tools/bench.py", "python tools/demo.py",
-           "python tools/run_demo.py", "recipes/")
-TRAINING = "--steps 4 --batch_size 8 --log_every 2 --eval_images 8 --num_workers 0"
-STAGE1 = f"--size tiny --ar_size nano {TRAINING} --perceptual none --gan_channels 8"
+SKIPPED = ("make", "pip", "git", "cd", "python tools/claims.py", "python tools/bench.py",
+           "python tools/demo.py", "python tools/run_demo.py", "python tools/watch.py", "recipes/")
+
+# What is appended to a command
+TRAINING = "--steps 4 --batch_size 8 --log_every 2 --eval_images 8"
+STAGE1 = f"--size tiny --ar_size nano --perceptual none --gan_channels 8 --num_workers 0 {TRAINING}"
 STAGE2 = f"--size nano {TRAINING}"
-TINY = {"train_stage1.py": STAGE1, "train_ar.py": STAGE2, "pretokenize.py": "--num_workers 0",
-        "sample.py": "--num 20 --columns 2 --batch_size 20 --num_workers 0"}
-RECIPES = {"direct_ce": "CE_WEIGHTS=0.3 LAYOUTS=2d", "ablations": "ONLY=k4"}  # one of their many rows
+SAMPLE = "--num 20 --columns 2 --batch_size 20"
+APPENDED = {
+    "train_stage1.py": STAGE1,
+    "pretokenize.py": "--num_workers 0",
+    "train_ar.py": STAGE2,
+    "sample.py": SAMPLE,
+    "tools/released.py": "--from ckpts",
+}
+
+# Recipes in the order in which one needs what another leaves; the chains do not need each other.
+# Those that train many rows are told by the environment to train one.
+CHAINS = [
+    ["tokenizer_2d", "ar_2d", "prologue_post", "ar_post"],
+    ["prologue_b", "ar_b_b", "ar_b_l", "ar_b_xl", "evaluate"],
+    ["prologue_l", "ar_l_b", "ar_l_l", "ar_l_xl"],
+    ["tokenizer_2d_l", "ar_2d_l_b"],
+    ["tokenizer_1d", "ar_1d"],
+    ["prologue_onestage"],
+    ["ablations"],
+    ["ablations_l"],
+    ["direct_ce"],
+    ["evaluate_all"],
+]
+ENVIRONMENT = {
+    "ablations": {"ONLY": "k4", "AR_FLAGS": STAGE2},
+    "ablations_l": {"ONLY": "l-b-vgg", "AR_FLAGS": STAGE2},
+    "direct_ce": {"LAYOUTS": "2d", "CE_WEIGHTS": "0.3", "AR_FLAGS": STAGE2},
+    "evaluate_all": {"ONLY": "prologue-l-xl", "FROM": "ckpts"},
+}
 
 
-def data(folder):
-    """Tiny stand-ins for ImageNet's zip, a user's images, ADM's reference and samples, and the released directories."""
+# Tiny stand-ins for everything that the commands name
+
+
+def random_image(rng, height, width):
+    return Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8))
+
+
+def write_imagenet(path, rng):
+    """Kaggle's zip: train in class folders, val flat, and the classes of val in a table."""
+    table = ["ImageId,PredictionString"]
+    with zipfile.ZipFile(path, "w") as archive:
+
+        def write(name):
+            with archive.open(f"ILSVRC/Data/CLS-LOC/{name}", "w") as file:
+                random_image(rng, 40, 50).save(file, "jpeg")
+
+        for i in range(24):
+            write(f"train/n0{i % 2}/{i}.JPEG")
+        for i in range(16):
+            write(f"val/ILSVRC2012_val_{i}.JPEG")
+            table.append(f"ILSVRC2012_val_{i},n0{i % 2} 1 2 3 4 ")
+        archive.writestr("LOC_val_solution.csv", "\n".join(table) + "\n")
+
+
+def write_released(folder):
+    """A pair in the released format, small but for the 1,000 classes, which make ImageNet's names
+    known. 4 x 4 patches of 7 x 7 pixels make images of 28 x 28, whose features need no download.
+    """
+    shapes = json.loads((ROOT / "data" / "official_layout.json").read_text())["shapes"]
+    shapes["enc"]["enc.input_layer.weight"] = [128, 3 * 7 * 7]
+    shapes["dec"]["dec.out.weight"] = [3 * 7 * 7, 128]
+    shapes["dec"]["dec.out.bias"] = [3 * 7 * 7]
+    shapes["ar"]["bos_emb.weight"] = [1001, 128]
+    weights = [official_weights(shapes[part], part) for part in ("enc", "dec", "ar")]
+    write_pair(folder, "prologue-l-xl", *weights)
+
+
+def write_data(folder):
     rng = np.random.default_rng(0)
-    with zipfile.ZipFile(folder / "imagenet.zip", "w") as archive:
-        inside, table = "ILSVRC/Data/CLS-LOC", "ImageId,PredictionString\n"
-        for split, count in (("train", 12), ("val", 8)):
-            for label in range(2 * count):
-                name = f"n0{label % 2}/{label}.JPEG" if split == "train" else f"ILSVRC2012_val_{label}.JPEG"
-                with archive.open(f"{inside}/{split}/{name}", "w") as f:
-                    Image.fromarray(rng.integers(0, 255, (40, 50, 3), np.uint8)).save(f, "jpeg")
-                table += f"ILSVRC2012_val_{label},n0{label % 2} 1 2 3 4 \n" if split == "val" else ""
-        archive.writestr("LOC_val_solution.csv", table)
+    write_imagenet(folder / "imagenet.zip", rng)
     for split in ("train", "val"):
         for i in range(16):
             path = folder / "my_images" / split / "ab"[i % 2] / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (80, 70, 3), np.uint8)).save(path)
-    for name in ("VIRTUAL_imagenet256_labeled.npz", "admnet_guided_upsampled_imagenet256.npz"):
+            random_image(rng, 80, 70).save(path)
+    write_released(folder / "ckpts")
+
+    # A finished run, ADM's reference and ADM's samples
+    (folder / "out_b").mkdir()
+    for name in ("tokenizer.safetensors", "ar.safetensors"):
+        shutil.copy(ROOT / "checkpoints" / "fashion_mnist" / name, folder / "out_b")
+    for name in ("out_b/samples.npz", "VIRTUAL_imagenet256_labeled.npz",
+                 "admnet_guided_upsampled_imagenet256.npz"):
         np.savez(folder / name, arr_0=rng.integers(0, 255, (40, 28, 28, 3), np.uint8))
-    shapes = json.loads((ROOT / "data" / "official_layout.json").read_text())["shapes"]
-    enc, dec, ar = (official_weights(shapes[part], part) for part in ("enc", "dec", "ar"))
-    write_shards(folder / "ckpts" / "prologue-l-tokenizer", {0: enc, 1: dec, 2: enc, 3: dec})
-    write_shards(folder / "ckpts" / "ar-prologue-l-xl", {0: ar})
 
 
-def run(command, folder, environment):
+def write_python(folder):
+    """A program `python` that leaves out --compile, which takes a minute for each tiny model."""
+    path = folder / "bin" / "python"
+    path.parent.mkdir()
+    path.write_text("#!/usr/bin/env bash\n"
+                    "words=()\n"
+                    'for word in "$@"; do\n'
+                    '    [ "$word" = --compile ] || words+=("$word")\n'
+                    "done\n"
+                    f'exec {shlex.quote(sys.executable)} "${{words[@]}}"\n')
+    path.chmod(0o755)
+
+
+# Running
+
+
+def run(words, cwd, environment):
+    """Runs a command; returns what to say of it if it fails, else None."""
+    words = [str(word) for word in words]
     start = time.perf_counter()
-    result = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(f"{time.perf_counter() - start:5.1f} s  {' '.join(map(str, command[-8:]))}", flush=True)
-    return "" if result.returncode == 0 else f"FAILED: {shlex.join(map(str, command))}\n{result.stdout[-1500:]}"
+    result = subprocess.run(words, cwd=cwd, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+    text = " ".join(words).replace(f"{ROOT}/", "")
+    print(f"{time.perf_counter() - start:5.1f} s  {text[:110]}", flush=True)
+    if result.returncode == 0:
+        return None
+    return f"FAILED: {shlex.join(words)}\n{result.stdout[-1500:]}"
 
 
-def readme(folder, environment):
-    """Every line of README's bash blocks, in order."""
+def readme_commands():
+    """The commands of README's bash blocks in order, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    commands = []
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        for command in line.partition("#")[0].split("&&"):
+            if command.strip():
+                commands.append(command.strip())
+    return commands
+
+
+def run_readme(folder, environment):
+    """Runs the commands in `folder`; returns the failures."""
     failures = []
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = [line.partition("#")[0] for line in "".join(blocks).replace("\\\n", " ").splitlines()]
-    for line in (part.strip() for part in "&&".join(lines).split("&&")):
-        if not line or line.startswith(SKIPPED):
-            print(f"skipped: {line}" if line else "", end="\n" if line else "")
+    for command in readme_commands():
+        if command.startswith(SKIPPED):
+            print(f"skipped: {command}", flush=True)
+            recipe = ROOT / command.split()[0]
+            if command.startswith("recipes/") and not recipe.exists():
+                failures.append(f"FAILED: there is no {recipe}")
             continue
-        words = [word for word in shlex.split(re.sub(r"^torchrun .*?(?=\w+\.py)", "python ", line)) if word != "--compile"]
-        failures.append(run([sys.executable, ROOT / words[1], *words[2:], *TINY.get(Path(words[1]).name, "").split()],
-                            folder, environment))
+        words = shlex.split(re.sub(r"^torchrun .*?(?=\S+\.py)", "python ", command))
+        script = words[1]
+        words = ["python", ROOT / script, *words[2:], *APPENDED.get(script, "").split()]
+        failures.append(run(words, folder, environment))
     return failures
 
 
-def recipes(folder, environment):
-    """Every recipe, tokenizers before the AR models that need them."""
-    names, failures = [path.stem for path in (ROOT / "recipes").glob("*.sh")], []
-    for name in sorted(names, key=lambda name: (name.startswith("ar_"), name == "prologue_post", name)):
-        extra = dict(pair.split("=") for pair in RECIPES.get(name, "").split())
-        flags = {"common": None, "evaluate": None}.get(name, STAGE2 if name.startswith("ar_") else STAGE1)
-        if flags:
-            failures.append(run(["bash", ROOT / "recipes" / f"{name}.sh", *flags.split()], ROOT, environment | extra))
-    pair = [folder / "runs" / path for path in ("prologue_b/tokenizer.safetensors", "ar_b_b/ar.safetensors")]
-    evaluate = ["bash", ROOT / "recipes" / "evaluate.sh", *pair, "prologue-b-b", "--columns", "1"]
-    return failures + [run(evaluate, ROOT, environment)]
+def run_chain(names, folder, environment):
+    """Runs recipes one after the other; returns the failures."""
+    failures = []
+    for name in names:
+        flags = STAGE1
+        if name.startswith("ar_"):
+            flags = STAGE2
+        elif name == "evaluate":
+            runs = folder / "runs"
+            pair = [runs / "prologue_b" / "tokenizer.safetensors", runs / "ar_b_b" / "ar.safetensors"]
+            flags = f"{pair[0]} {pair[1]} prologue-b-b --columns 1"
+        elif name == "evaluate_all":
+            flags = "--columns 1"
+        words = ["bash", ROOT / "recipes" / f"{name}.sh", *flags.split()]
+        failures.append(run(words, ROOT, environment | ENVIRONMENT.get(name, {})))
+    return failures
+
+
+def run_all(folder):
+    """Everything, two commands at a time; returns the failures."""
+    write_data(folder)
+    write_python(folder)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "LAUNCH": "python",
+        "DATA": str(folder / "imagenet.zip/ILSVRC/Data/CLS-LOC"),
+        "RUNS": str(folder / "runs"),
+        "REFERENCE": str(folder / "VIRTUAL_imagenet256_labeled.npz"),
+        "NUM": "20",
+        "BATCH": "20",
+    }
+    ENVIRONMENT["evaluate_all"]["FROM"] = str(folder / "ckpts")
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(run_readme, folder, environment)]
+        jobs += [pool.submit(run_chain, names, folder, environment) for names in CHAINS]
+        failures = [failure for job in jobs for failure in job.result() if failure is not None]
+
+    known = {"common"}.union(*CHAINS)
+    for path in sorted((ROOT / "recipes").glob("*.sh")):
+        if path.stem not in known:
+            failures.append(f"FAILED: recipes/{path.name} is in none of the chains of this script")
+    return failures
 
 
 def main():
-    with tempfile.TemporaryDirectory() as name:
-        folder, start = Path(name), time.perf_counter()
-        data(folder)
-        python = folder / "python"  # recipes call --compile, which takes a minute for each tiny model: it is taken out
-        python.write_text(f'#!/usr/bin/env bash\nexec {sys.executable} "${{@/#--compile/--seed=0}}"\n')
-        python.chmod(0o755)
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1", "LAUNCH": str(python), "DATA": str(folder / "imagenet.zip/ILSVRC/Data/CLS-LOC"),
-            "RUNS": str(folder / "runs"), "AR_FLAGS": STAGE2, "NUM": "20", "BATCH": "20",
-            "REFERENCE": str(folder / "VIRTUAL_imagenet256_labeled.npz")}
-        with ThreadPoolExecutor(2) as pool:
-            jobs = [pool.submit(part, folder, environment) for part in (readme, recipes)]
-            failures = [text for job in jobs for text in job.result() if text]
-        print(f"{time.perf_counter() - start:.0f} s in all, {len(failures)} failed")
-    sys.exit("\n".join(failures) or 0)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        failures = run_all(Path(folder))
+    print(f"{time.perf_counter() - start:.0f} s in all, {len(failures)} failed")
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

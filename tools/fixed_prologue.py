@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fid
-from sample import decode, draw, load_pair
+from sample import decode, draw, load_pair, pack_for_cpu
 from tokenizer import InputError, whole
 
 BATCH_SIZE = 100
@@ -79,6 +79,8 @@ def main():
     k = ar.cfg.num_prologue
     if k == 0:
         raise InputError(f"{paths[1]} has no prologue")
+    if device.type == "cpu":
+        pack_for_cpu(ar)
     network = fid.feature_network("auto", tokenizer.cfg.image_size, args.inception, device)[1]
 
     # Images, each with noise of its own: a prologue and visual tokens, the same prologue and other
