@@ -10,7 +10,7 @@ holds the visual codes 0..9, the prologue codes 10..13 and EOS = 14, which stand
 
     codes    [     1  3      7  0  5 ]
     tokens   [    11 13  14  7  0  5 ]    what position t has to predict
-    input    [ class 11  13 14  7  0 ]    what position t has seen: this, and all before it
+    input    [ class 11  13 14  7  0 ]    what position t reads; it also sees all before it
 
 Without a prologue (K = 0) there is no EOS: the tokens are the N codes.
 
@@ -112,16 +112,16 @@ class AR(nn.Module):
             each (visual token dropout). What is left to predict them from is the prologue.
         """
         k = self.cfg.num_prologue
-        tokens = self.sequence(codes)[:, :-1]  # (B, L-1), the last one predicts nothing
-        if drop is not None:
-            visual = torch.arange(self.length - 1, device=tokens.device) > k
+        tokens = self.sequence(codes)[:, :-1]  # (B, L-1), the last token is never an input
+        if drop is not None and k > 0:
+            visual = torch.arange(self.length - 1, device=tokens.device) > k  # behind EOS
             tokens = tokens.masked_fill(drop[:, None] & visual, self.eos)
         if onehot is None:
             x = self.embedding(tokens)
         elif k > 0:
             prologue_rows = self.embedding.weight[self.cfg.codebook_size : self.eos]  # (P, D)
             x = torch.cat([onehot @ prologue_rows, self.embedding(tokens[:, k:])], 1)
-        else:
+        else:  # the vocabulary is the visual codebook
             x = onehot[:, :-1] @ self.embedding.weight
         x = torch.cat([self.bos(labels)[:, None], x], 1)  # (B, L, D)
         x = self.transformer(self.drop(x), self.angles, causal=True)
@@ -162,11 +162,12 @@ class AR(nn.Module):
         x = self.transformer(x, angles, causal=True, caches=caches, start=start)
         return self.norm(x[:, -1])
 
-    def draw(self, labels, prefix, rows, scales, noise, temperature, top_k, top_p):
+    def draw_tokens(self, labels, prefix, rows, scales, noise, temperature, top_k, top_p):
         """Draws len(scales) codes, one after the other, behind the tokens `prefix` (B, T).
 
-        rows: slice of the vocabulary to draw from. scales: CFG scale of each code. noise (B, at
-        least len(scales)). Returns codes (B, len(scales)), counted from 0 in `rows`.
+        rows: slice of the vocabulary to draw from. scales: guidance of each code. noise: (B, at
+        least len(scales)). Returns codes (B, len(scales)), counted from 0 in `rows`. Where a shape
+        says 2B, it is B without guidance.
         """
         x = self.embedding(prefix)  # (B, T, D)
         guided = any(scale != 1 for scale in scales)
@@ -205,8 +206,8 @@ class AR(nn.Module):
                  prologue=None, noise=None, generator=None):
         """Samples codes (B, K+N) for labels (B,). The model must be in eval mode.
 
-        cfg_prologue, cfg_visual: classifier-free guidance of each token group, see `guidance`;
-            1 is off, below 1 it pulls towards unconditional.
+        cfg_prologue, cfg_visual: scale of the classifier-free guidance (CFG) of each token group,
+            see `guidance`; 1 is off, below 1 it pulls towards unconditional.
         temperature: of the visual tokens, and of the prologue unless temperature_prologue is given.
         top_k, top_p: see sample_codes.
         prologue: (B, K), codes to keep instead of drawing them.
@@ -226,9 +227,10 @@ class AR(nn.Module):
         prefix = labels.new_empty(len(labels), 0)  # (B, 0)
         if k > 0:
             if prologue is None:
-                prologue = self.draw(labels, prefix, rows=slice(v, self.eos),
-                                     scales=[cfg_prologue] * k, noise=noise,
-                                     temperature=temperature_prologue, top_k=top_k, top_p=top_p)
+                prologue = self.draw_tokens(labels, prefix, rows=slice(v, self.eos),
+                                            scales=[cfg_prologue] * k, noise=noise,
+                                            temperature=temperature_prologue, top_k=top_k,
+                                            top_p=top_p)
             prologue = prologue.to(labels.device)
             # EOS is never drawn: it goes in together with the prologue, all K+1 at once.
             eos = prologue.new_full((len(labels), 1), self.eos)
@@ -239,8 +241,9 @@ class AR(nn.Module):
         else:
             progress = [i / n for i in range(n)]
         scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress]
-        visual = self.draw(labels, prefix, rows=slice(0, v), scales=scales, noise=noise[:, k:],
-                           temperature=temperature, top_k=top_k, top_p=top_p)
+        visual = self.draw_tokens(labels, prefix, rows=slice(0, v), scales=scales,
+                                  noise=noise[:, k:], temperature=temperature, top_k=top_k,
+                                  top_p=top_p)
         if k == 0:
             return visual
         return torch.cat([prologue, visual], 1)
@@ -315,9 +318,9 @@ def guidance(scale, schedule, power, t):
 def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draws a code for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) int64.
 
-    By the inverse of the cumulative distribution: one number decides a token, so that a draw is
-    the same on any device and in any batch. top_k keeps the k likeliest codes (0 is off), top_p
-    the likeliest that together have this probability (1 is off).
+    By the inverse of the cumulative distribution: one number decides a token, so that, up to the
+    rounding of the logits, a draw is the same on any device and in any batch. top_k keeps the k
+    likeliest codes (0 is off), top_p the likeliest that together have this probability (1 is off).
     """
     logits = logits.float() / temperature
     if top_k > 0:

@@ -1,6 +1,6 @@
 """FID, sFID, Inception Score, precision and recall, as ADM's TensorFlow evaluator computes them.
 
-    python fid.py                    # out/samples.npz against the embedded training images
+    python fid.py                    # out/samples.npz against the bundled training images
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz       # gFID as papers report it
     python fid.py --tokenizer out/tokenizer.safetensors             # rFID and PSNR
     torchrun --nproc_per_node 8 fid.py samples.npz reference.npz    # 8 ranks, the same numbers

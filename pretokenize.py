@@ -1,6 +1,6 @@
 """Stage 1.5: images in, tokens out. Every training image becomes one row of codes in out/codes.npz.
 
-    python pretokenize.py                               # embedded data, out/tokenizer.safetensors
+    python pretokenize.py                               # bundled data, out/tokenizer.safetensors
     python pretokenize.py --data my_images --crops center --flip        # a folder of class folders
     torchrun --nproc_per_node 8 pretokenize.py --crops ten \\
         --data imagenet.zip/ILSVRC/Data/CLS-LOC/train
@@ -22,6 +22,7 @@ import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from tokenizer import (Block, InputError, Tokenizer, attention_backend, to_float, whole,
                        writing)
 
-EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist.zip"
+BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 PART_SIZE = 500  # images in a part file, see `join_parts`
 
@@ -291,15 +292,15 @@ def join_parts(target, name, folder, count, **others):
             with archive.open(f"{key}.npy", "w") as file:
                 np.lib.format.write_array(file, np.asanyarray(value), allow_pickle=False)
     del first  # Windows removes no file that is still mapped
-    for old in target.parent.glob(f".{target.name}.*.parts"):  # also of runs that never ended
-        shutil.rmtree(old)
+    shutil.rmtree(folder)
 
 
 # The script
 
 
 def views(images, index, size, crops, flip):
-    """All that is tokenized of one image: uint8 (views, 3, size, size), mirrored copies last."""
+    """All views of one image that are tokenized: uint8 (views, 3, size, size), mirrored ones last.
+    """
     image = images.open(index)
     if crops == "ten":
         result = five_crops(image, size)
@@ -309,7 +310,7 @@ def views(images, index, size, crops, flip):
         result = [no_crop(image, size, images.names[index])]
     if flip or crops == "ten":
         result = result + [view[:, ::-1] for view in result]
-    return np.stack(result).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(np.stack(result).transpose(0, 3, 1, 2))
 
 
 @torch.no_grad()
@@ -364,7 +365,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Turn images into tokens.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--data", default=str(EMBEDDED / "train"),
+    flag("--data", default=str(BUNDLED / "train"),
          help="training images: a folder, zip, or path into a zip, with a folder for each class")
     flag("--val_data",
          help="held-out images; by default the folder val beside a --data named train, if any")
@@ -378,7 +379,7 @@ def parse_args():
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
          help="auto is what torch finds")
     flag("--dtype", default="fp32", choices=["fp32", "bf16"],
-         help="of the networks; the code search is in fp32 always")
+         help="of the networks, fp32 on CUDA with TF32 products; the code search is always exact")
     flag("--compile", action="store_true", help="torch.compile the encoder")
     flag("--num_workers", type=whole(0), default=min(8, os.cpu_count()),
          help="threads that decode images, per rank")
@@ -404,8 +405,12 @@ def main():
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
+    if args.compile and device.type == "cpu" and not shutil.which("g++"):
+        raise InputError("--compile needs the compiler g++ on a CPU, and there is none here")
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # Ranks may wait for hours for the one with the most parts left to make.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
     if rank == 0:

@@ -6,10 +6,10 @@
     torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --out l_xl
 
 Class and noise of an image depend on its number and the seed alone, so ranks and batch size change
-nothing, and a run that was stopped goes on where it was. In --out it leaves samples.png (a row for
-each class), fixed_prologue.png (each row one prologue, its visual tokens drawn anew; the last row
-has prologues of its own), reconstructions.png, samples.npz (arr_0 uint8 (N, H, W, 3), arr_1 labels)
-and samples.json, which says how they were drawn.
+nothing but the rounding, and a run that was stopped goes on where it was. In --out it leaves
+samples.png (a row for each class), fixed_prologue.png (each row one prologue, its visual tokens
+drawn anew; the last row has prologues of its own), reconstructions.png, samples.npz (arr_0 uint8
+(N, H, W, 3), arr_1 labels) and samples.json, which says how they were drawn.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ar import AR, SCHEDULES, check_pair
-from pretokenize import (EMBEDDED, PART_SIZE, Images, center_crop, join_parts, part_file,
+from pretokenize import (BUNDLED, PART_SIZE, Images, center_crop, join_parts, part_file,
                          parts_folder, save_grid)
 from tokenizer import (InputError, Tokenizer, attention_backend, real, to_float, to_uint8, whole,
                        writing)
 
-# Paper table A5: guidance of both token groups and the power of its cosine, and the temperatures
-# of both without guidance (with it they are 1). Without a prologue only the visual ones count.
+# Paper table A5: guidance of both token groups and the power of its cosine; and for sampling
+# without guidance the temperatures of prologue and visual tokens (with it they are 1).
 PRESETS = {
     "tiny": dict(cfg_prologue=1.0, cfg_visual=2.0, cfg_power=0.25, no_cfg=(1.0, 1.0)),
     "1d": dict(cfg_prologue=1.0, cfg_visual=19.0, cfg_power=1.75, no_cfg=(1.0, 0.85)),
@@ -109,7 +110,7 @@ def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None):
     codes = []
     for batch in torch.arange(len(labels)).split(batch_size):
         wanted = len(batch)
-        if ar.compiled_step:  # it is made for one batch size: the last image fills a short batch up
+        if ar.compiled_step:  # for one batch size: a short batch is padded with its last image
             batch = torch.cat([batch, batch[-1:].expand(batch_size - wanted)])
         drawn = ar.generate(labels[batch].to(device), noise=noise_of(seed, numbers[batch], length),
                             prologue=None if prologue is None else prologue[batch], **settings)
@@ -124,11 +125,11 @@ def decode(tokenizer, codes, batch_size):
 
 def pack_for_cpu(ar):
     """Lets an AR model that only samples, in fp32 on an x86 CPU, read its weights in oneDNN's own
-    order: for the few rows of a step that is two to three times as fast. Elsewhere does nothing."""
+    order: for large layers and the few rows of a step that is two to three times as fast."""
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return
     for layer in ar.modules():
-        if isinstance(layer, torch.nn.Linear):
+        if isinstance(layer, torch.nn.Linear) and layer.weight.numel() > 2**18:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
             layer.forward = functools.partial(packed_linear, weight=weight)
 
@@ -177,7 +178,7 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
     # other prologues of the last class
     if k > 0:
         prologues = codes[::columns, :k].repeat_interleave(columns, 0)  # (rows * columns, K)
-        numbers = range(1000, 1000 + len(labels))
+        numbers = range(1000, 1000 + len(labels))  # not those of the first grid: other noise
         rows = draw(ar, labels, numbers, prologue=prologues, **drawing)
         other = draw(ar, labels[-columns:], range(2000, 2000 + columns), **drawing)
         images = decode(tokenizer, torch.cat([rows, other]), batch_size)
@@ -187,7 +188,7 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
     # Images of --data above their reconstructions
     data = args.data
     if data is None and size == 28:
-        data = EMBEDDED / "val"
+        data = BUNDLED / "val"
     if data is not None:
         images = Images(data)
         indices = [i * len(images) // (4 * columns) for i in range(4 * columns)]
@@ -224,7 +225,7 @@ def parse_args():
     flag("--classes", nargs="+", metavar="CLASS",
          help="names or numbers of the grids' rows; by default ten of all")
     flag("--columns", type=whole(1), default=10, help="images per row of a grid")
-    flag("--data", help="images of the reconstruction grid; by default the embedded ones for a "
+    flag("--data", help="images of the reconstruction grid; by default the bundled ones for a "
          "28 x 28 tokenizer, else none")
     flag("--seed", type=whole(0), default=0, help="of the noise")
 
@@ -250,7 +251,8 @@ def parse_args():
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
          help="auto is what torch finds")
     flag("--dtype", default="fp32", choices=["fp32", "bf16"],
-         help="of the networks; head and guidance are in fp32 always")
+         help="of the networks, fp32 on CUDA with TF32 products; bf16 keeps head and "
+         "guidance in fp32")
     flag("--compile", action="store_true", help="torch.compile decoder and single-token step")
     return parser.parse_args()
 
@@ -279,8 +281,9 @@ def main():
     if args.compile and device.type == "cpu" and not shutil.which("g++"):
         raise InputError("--compile needs the compiler g++ on a CPU, and there is none here")
     if world_size > 1:
-        # Losses and gradients travel by nccl between GPUs, what stands on the CPU by gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # Ranks may wait for hours for the one with the most parts left to draw.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
     if rank == 0:
         backend = attention_backend(device, dtype)
         print(f"{world_size} x {device.type}, {args.dtype}, attention by {backend}", flush=True)
@@ -288,14 +291,16 @@ def main():
     # Models
     tokenizer, ar, paths = load_pair(args, device)
     if args.dtype == "bf16":
-        ar.transformer.to(dtype)  # cast once, not in every step
+        for module in ar.transformer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(dtype)  # once, not in every step
     if args.compile:
         for block in tokenizer.decoder.transformer.blocks:
             block.compile(dynamic=False)
         ar.compile_step()
     elif device.type == "cpu" and args.dtype == "fp32":
         pack_for_cpu(ar)
-    batch_size = max(1, args.batch_size // world_size)
+    batch_size = min(PART_SIZE, max(1, args.batch_size // world_size))
 
     # Settings: those of the preset, where no flag says otherwise
     preset = args.preset or ar.cfg.preset or "tiny"

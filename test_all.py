@@ -18,7 +18,7 @@ CFG = TokenizerConfig(image_size=32, patch_size=8, encoder=(2, 64), decoder=(2, 
                       head_dim=32, codebook_size=40, code_dim=6, num_prologue=3,
                       prologue_codebook_size=12)
 K, N, V, P = 3, 16, 40, 12
-NO_CLASS = torch.zeros(4, dtype=torch.int64)
+LABELS = torch.zeros(4, dtype=torch.int64)
 
 
 def models(layout="prologue", **ar_cfg):
@@ -99,7 +99,7 @@ def test_cross_entropy_reaches_the_prologue_path_only():
     tokenizer, ar, images = models()
     stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
     drop = torch.tensor([True, False, True, False])
-    _, _, ce = stage1(images, NO_CLASS, drop)
+    _, _, ce = stage1(images, LABELS, drop)
     reached = gradients(ce, stage1)
     for name in reached:
         assert not name.startswith(("tokenizer.decoder", "tokenizer.visual_quantizer")), name
@@ -115,14 +115,14 @@ def test_reconstruction_never_reaches_the_prologue_codebook():
     stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
     drop = torch.zeros(4, dtype=torch.bool)
 
-    reconstruction, vq_loss, _ = stage1(images, NO_CLASS, drop)
+    reconstruction, vq_loss, _ = stage1(images, LABELS, drop)
     reached = gradients((reconstruction - images).abs().mean() + vq_loss, stage1)
     assert "tokenizer.visual_quantizer.codebook" in reached
     for name in reached:
         assert "prologue" not in name and not name.startswith("ar."), name
 
     # Pixels alone go straight through the visual codes, and leave their codebook to the VQ loss.
-    reconstruction, _, _ = stage1(images, NO_CLASS, drop)
+    reconstruction, _, _ = stage1(images, LABELS, drop)
     reached = gradients((reconstruction - images).abs().mean(), stage1)
     assert "tokenizer.decoder.out.weight" in reached
     assert "tokenizer.encoder.input.weight" in reached
@@ -135,7 +135,7 @@ def test_lambda_scales_the_encoder_and_not_the_ar():
     reached = {}
     for ce_weight in (1.0, 3.0):
         stage1 = Stage1(tokenizer, ar, ce_weight)
-        _, _, ce = stage1(images, NO_CLASS, drop)
+        _, _, ce = stage1(images, LABELS, drop)
         reached[ce_weight] = gradients(ce, stage1)
     for name, gradient in reached[3.0].items():
         expected = reached[1.0][name]
@@ -150,8 +150,8 @@ def test_dropped_visual_tokens_are_hidden_from_the_ar():
     codes = tokenizer.encode(images)
     other = torch.cat([codes[:, :K], (codes[:, K:] + 1) % V], 1)  # the prologue stays
     drop = torch.tensor([True, True, False, False])
-    a = ar(codes, NO_CLASS, drop=drop)
-    b = ar(other, NO_CLASS, drop=drop)
+    a = ar(codes, LABELS, drop=drop)
+    b = ar(other, LABELS, drop=drop)
     assert torch.equal(a[:2], b[:2])
     assert not torch.equal(a[2:], b[2:])
 
@@ -189,12 +189,13 @@ def test_generate_equals_the_plain_uncached_path(layout, schedule, scales):
     _, ar, _ = models(layout)
     labels = torch.tensor([0, 3, 4])
     noise = torch.rand(3, ar.cfg.num_prologue + N, generator=torch.Generator().manual_seed(1))
-    cfg = dict(cfg_prologue=scales[0], cfg_visual=scales[1])
+    guide = dict(cfg_prologue=scales[0], cfg_visual=scales[1])
     drawn = {}
     for top_k in (0, 1):  # 1 takes the likeliest code
-        plain = plain_generate(ar, labels, noise, schedule=schedule, power=0.5, top_k=top_k, **cfg)
+        plain = plain_generate(ar, labels, noise, schedule=schedule, power=0.5, top_k=top_k,
+                               **guide)
         codes = ar.generate(labels, cfg_schedule=schedule, cfg_power=0.5, top_k=top_k, noise=noise,
-                            **cfg)
+                            **guide)
         assert torch.equal(codes, plain)
         drawn[top_k] = codes
     assert not torch.equal(drawn[0], drawn[1])

@@ -72,9 +72,9 @@ def attention(q, k, v, causal=False, mask=None):
     return out.transpose(1, 2)  # (B, T, heads, d)
 
 
-# Rotary position embedding (RoPE). The dimensions of a head are divided among three axes: a patch
-# stands at (row, column, 0), the l-th token of a line at (0, 0, l). So patches and prologue tokens
-# go through one attention, and the order of the line is none of the directions of the image.
+# Rotary position embedding (RoPE). The dimensions of a head are divided among three axes. A patch
+# has the position (row, column, 0), the l-th prologue token (0, 0, l): so both can share one
+# attention, and the order of the prologue is independent of rows and columns.
 
 
 def rope_axis_dims(head_dim):
@@ -205,7 +205,7 @@ class Transformer(nn.Module):
         blocks = [Block(dim, head_dim, hidden, bias, dropout) for _ in range(layers)]
         self.blocks = nn.ModuleList(blocks)
         self.apply(init_weights)
-        for block in self.blocks:  # the residual stream keeps its size whatever the depth
+        for block in self.blocks:  # so that the residual stream does not grow with depth (GPT-2)
             init_weights(block.attn.out, std=0.02 / math.sqrt(2 * layers))
             init_weights(block.mlp.fc2, std=0.02 / math.sqrt(2 * layers))
 
@@ -279,8 +279,8 @@ class VisualQuantizer(nn.Module):
             z = self.project(h)  # (B, N, c)
             codes = nearest_code(z, self.codebook)  # (B, N)
             q = self.lookup(codes)  # (B, N, c)
-            commitment = F.mse_loss(z, q.detach())  # draws the encoder to the codes
-            codebook = F.mse_loss(q, z.detach())  # draws the codes to the encoder
+            commitment = F.mse_loss(z, q.detach())  # pulls the encoder toward the codes
+            codebook = F.mse_loss(q, z.detach())  # pulls the codes toward the encoder
             loss = 0.25 * commitment + codebook
             q = z + (q - z).detach()  # forward the code; backward as if it were z
         return q, codes, loss
@@ -290,8 +290,8 @@ def prob_ste(z, codebook, tau):
     """Unit vectors z (..., c), codebook (P, c) -> one-hot (..., P) with the gradient of softmax(cos
     / tau), indices.
 
-    Section 2.2: p + sg(onehot - p). Written as onehot + (p - sg(p)), the forward is one-hot to the
-    last bit.
+    Section 2.2: p + sg(onehot - p), where sg stops the gradient. Written as onehot + (p - sg(p)),
+    the forward is exactly one-hot.
     """
     p = (z @ unit_norm(codebook).T / tau).softmax(-1)  # (..., P)
     codes = p.detach().argmax(-1)
@@ -349,14 +349,14 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
-            raise InputError(f"layout {self.layout!r} is unknown; choose of {', '.join(LAYOUTS)}")
+            raise InputError(f"layout {self.layout!r} should be one of {', '.join(LAYOUTS)}")
         if self.image_size % self.patch_size:
             raise InputError(f"an image size of {self.image_size} is not a multiple of the patch "
                              f"size {self.patch_size}")
         if self.layout in ("1d", "2d"):
             self.num_prologue = 0
             self.prologue_codebook_size = 0
-        self.encoder = tuple(self.encoder)  # JSON has made lists of them
+        self.encoder = tuple(self.encoder)  # JSON turns tuples into lists
         self.decoder = tuple(self.decoder)
         self.post = tuple(self.post)
 
@@ -375,17 +375,19 @@ class Encoder(nn.Module):
     """A transformer over the input vectors and, behind them, learned vectors that read them (the
     queries)."""
 
-    def __init__(self, in_dim, size, queries, angles, head_dim, hidden_ratio):
+    def __init__(self, in_dim, size, num_queries, angles, head_dim, hidden_ratio):
         super().__init__()
         layers, dim = size
         self.input = nn.Linear(in_dim, dim)
         init_weights(self.input)
-        self.queries = nn.Parameter(torch.randn(queries, dim) * 0.02) if queries else None
+        self.queries = None
+        if num_queries > 0:
+            self.queries = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
         self.transformer = Transformer(layers, dim, head_dim, hidden_ratio, bias=True)
         self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, x):
-        """x (B, T, in_dim) -> (B, T + queries, D)"""
+        """x (B, T, in_dim) -> (B, T + num_queries, D)"""
         x = self.input(x).float()  # the residual stream is fp32 also under autocast
         if self.queries is not None:
             x = torch.cat([x, self.queries.expand(len(x), -1, -1)], 1)
@@ -435,16 +437,16 @@ class Tokenizer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        queries = 0
+        num_queries = 0
         if cfg.layout == "prologue":
-            queries = cfg.num_prologue
+            num_queries = cfg.num_prologue
         elif cfg.layout == "1d":
-            queries = cfg.num_visual
+            num_queries = cfg.num_visual
         dim = cfg.encoder[1]
         patches = rope_of_patches(cfg.grid, cfg.head_dim)
-        angles = torch.cat([patches, rope_of_line(queries, cfg.head_dim)])
-        self.encoder = Encoder(3 * cfg.patch_size**2, cfg.encoder, queries, angles, cfg.head_dim,
-                               hidden_ratio=8 / 3)
+        angles = torch.cat([patches, rope_of_line(num_queries, cfg.head_dim)])
+        self.encoder = Encoder(3 * cfg.patch_size**2, cfg.encoder, num_queries, angles,
+                               cfg.head_dim, hidden_ratio=8 / 3)
         self.visual_quantizer = VisualQuantizer(dim, cfg.codebook_size, cfg.code_dim)
         self.decoder = Decoder(cfg)
         if cfg.layout == "post":
@@ -467,7 +469,7 @@ class Tokenizer(nn.Module):
             raise ValueError(f"images {shape} given to a tokenizer of (3, {size}, {size})")
         x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, 3, rows, p, columns, p)
         x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, 3)
-        h = self.encoder(x.flatten(3).flatten(1, 2))  # (B, N, p*p*3) -> (B, N + queries, D)
+        h = self.encoder(x.flatten(3).flatten(1, 2))  # (B, N, p*p*3) -> (B, N + num_queries, D)
         if self.cfg.layout == "2d":
             return h, None
         if self.cfg.layout == "1d":
@@ -556,8 +558,8 @@ def to_float(images):
 
 
 def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU; 128 and not 127.5, because the cast
-    cuts off: so every level comes back from `to_float` as it was."""
+    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU. The 128 is 127.5 + 0.5 for
+    rounding, because the cast truncates; to_uint8(to_float(x)) is x."""
     levels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu()
 
@@ -598,7 +600,7 @@ def save_checkpoint(path, kind, tensors, cfg):
     metadata = {"config": json.dumps({"kind": kind} | cfg)}
     with writing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o644)  # safetensors lets nobody else read its files
+        os.chmod(temporary, 0o644)  # safetensors creates files only their owner can read
 
 
 def open_safetensors(path):
@@ -629,6 +631,9 @@ def read_checkpoint(path, kind, build):
         with torch.device("meta"):  # nothing is allocated or initialized twice
             model = build(cfg)
         model.load_state_dict(tensors, assign=True)
+        for name, buffer in model.named_buffers():
+            if buffer.is_meta:  # has to be made with device="cpu", as the angles of RoPE are
+                raise ValueError(f"the buffer {name} is in no checkpoint")
     except (InputError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: config or weights do not fit this code: {reason}") from None

@@ -3,9 +3,9 @@
     python train_ar.py                                          # tiny, out/codes.npz, minutes
     torchrun --nproc_per_node 8 train_ar.py --size B ...        # see recipes/ar_b_b.sh
 
-One step: a crop of each image is drawn among those that were tokenized, a tenth of the classes is
-dropped (so that the model can also go without, which classifier-free guidance needs), and the
-cross-entropy of [prologue, EOS, visual] is the whole loss.
+One step: for each image one of its tokenized crops is drawn, for a tenth of the images the class is
+replaced by "unconditional" (which classifier-free guidance needs), and the cross-entropy of
+[prologue, EOS, visual] is the whole loss.
 
 In --out it leaves ar.safetensors (the raw weights, which are sampled), train_ar.jsonl (the log),
 train_ar.png (samples, a row for each class) and train_ar.pt (the state for --resume).
@@ -92,9 +92,8 @@ def epoch_order(seed, epoch, count):
 
 
 def visited_image(seed, visit, count):
-    """Which of `count` images the run looks at on its visit number 0, 1, ...: one random order of
-    all images after another, without a gap. It depends on nothing else, so a run may be resumed on
-    another number of ranks."""
+    """As in train_stage1.py: index of the image at a visit. Visits number the images that training
+    reads, from 0, over all epochs and ranks; each epoch is a new random order."""
     return int(epoch_order(seed, visit // count, count)[visit % count])
 
 
@@ -122,7 +121,7 @@ def build_model(args, tokens, tokenizer):
 
 
 def adamw_groups(module, betas, weight_decay):
-    """AdamW's parameter groups of a module: weight decay falls on matrices only."""
+    """AdamW's parameter groups: weight decay on matrices only."""
     matrices = [p for p in module.parameters() if p.ndim > 1]
     vectors = [p for p in module.parameters() if p.ndim < 2]
     return [dict(params=matrices, betas=betas, weight_decay=weight_decay),
@@ -147,8 +146,9 @@ def evaluate(ar, tokens, count, device, autocast, rank, world_size):
     of the first `count` images, of which each rank takes a share."""
     count = min(count, len(tokens.codes))
     sums = defaultdict(float)
-    for images in torch.arange(rank, count, world_size).split(64):
-        codes, labels = tokens.batch(images.numpy(), 0, device)
+    indices = list(range(rank, count, world_size))
+    for i in range(0, len(indices), 64):
+        codes, labels = tokens.batch(indices[i : i + 64], 0, device)
         with autocast:
             measures = ar.measure(codes, labels)
         for name, values in measures.items():
@@ -222,8 +222,7 @@ def load_state(path, fixed, args, rank, world_size):
 
 
 def start_log(path, step):
-    """Keeps of an earlier log what a run that begins behind `step` goes on from: the whole lines up
-    to that step."""
+    """Truncates an earlier log to its complete lines up to `step`, the step to go on from."""
     kept = []
     if step > 0 and path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -371,17 +370,23 @@ def main():
               f"{crops} crops x {length} codes", flush=True)
 
     # Resume
-    fixed = dict(  # what a run that goes on must have in common with the one before
-        ar=asdict(ar.cfg), codes=tokens.digest(), batch_size=args.batch_size, seed=args.seed
+    fixed = dict(  # must not change on --resume
+        ar=asdict(ar.cfg),
+        codes=tokens.digest(),
+        batch_size=args.batch_size,
+        seed=args.seed,
     )
     start_step = 0
-    state = None
     if args.resume:
         state = load_state(out / "train_ar.pt", fixed, vars(args), rank, world_size)
-    if state is not None:
-        start_step = state["step"]
-        ar.load_state_dict(state["ar"])
-        optimizer.load_state_dict(state["optimizer"])
+        if state is not None:
+            start_step = state["step"]
+            ar.load_state_dict(state["ar"])
+            optimizer.load_state_dict(state["optimizer"])
+            for group, given in zip(optimizer.param_groups, groups):  # flags win over the state
+                group["betas"] = given["betas"]
+                group["weight_decay"] = given["weight_decay"]
+        del state  # it may be gigabytes
 
     # Compilation and ranks. Block by block, so that equal blocks are compiled once.
     ar.transformer.gradient_checkpointing = args.gradient_checkpointing
@@ -392,7 +397,7 @@ def main():
     if world_size > 1:
         model = DistributedDataParallel(ar, broadcast_buffers=False)
 
-    # Whoever sends SIGTERM or presses Ctrl-C gets a saved state, after the current step
+    # On SIGTERM or Ctrl-C: finish the step, save, end
     stop = torch.zeros(1)
     signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
     signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))
@@ -410,8 +415,8 @@ def main():
             group["lr"] = learning_rate(step, args)
         optimizer.zero_grad()
 
-        # What is random in a step is drawn for the whole batch, of which a rank takes its share;
-        # only dropout is drawn by each rank for itself
+        # Random numbers are drawn for the global batch, of which each rank takes its slice; only
+        # for dropout each rank draws its own
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         torch.manual_seed((args.seed * 1_000_003 + step) * world_size + rank)
         of_rank = slice(rank * per_rank, (rank + 1) * per_rank)
@@ -437,18 +442,19 @@ def main():
             (loss * micro / per_rank).backward()
             loss_of_step += loss.detach() * micro / per_rank
 
-        # Step. Where a gradient is not finite, and then it is on all ranks, found_inf makes fused
-        # AdamW leave everything as it was; no value has to come to the CPU for that.
+        # Step. If a gradient is not finite (then it is so on all ranks, which have averaged them),
+        # found_inf makes fused AdamW skip the update, without a value that the CPU has to wait for.
         norm = torch.nn.utils.clip_grad_norm_(ar.parameters(), args.grad_clip or math.inf)
         finite = norm.isfinite()
         optimizer.found_inf = (~finite).float()
         optimizer.step()
         skipped = torch.where(finite, torch.zeros_like(skipped), skipped + 1)
 
-        # All ranks stop at the same step
+        # All ranks stop at the same step. A copy is reduced: a signal may set `stop` meanwhile.
+        asked_to_stop = stop.clone()
         if world_size > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        last = step == args.steps or bool(stop)
+            dist.all_reduce(asked_to_stop, dist.ReduceOp.MAX)
+        last = step == args.steps or bool(asked_to_stop)
 
         # Log
         if step % args.log_every == 0 or last:
@@ -473,14 +479,14 @@ def main():
             clock = time.perf_counter()
             clock_step = step
 
-        # Save, before the measures: whoever asks a run to stop may not wait for them
+        # Save, before the measures: a job that is asked to stop may soon be killed
         pause = time.perf_counter()
         if (step % args.save_every == 0 or last) and rank == 0:
             save_state(out / "train_ar.pt", step, fixed, vars(args), ar, optimizer)
             ar.save(out / "ar.safetensors")
 
         # Held-out measures and pictures
-        if step % args.eval_every == 0 or step == args.steps:
+        if (step % args.eval_every == 0 or step == args.steps) and not asked_to_stop:
             ar.eval()
             with torch.compiler.set_stance("force_eager"):  # other shapes than the loop's
                 if val_tokens is not None:
@@ -497,7 +503,7 @@ def main():
         if last:
             break
 
-    if rank == 0 and stop:
+    if rank == 0 and asked_to_stop:
         print(f"asked to stop: saved after step {step}, go on with --resume")
     if world_size > 1:
         dist.barrier()

@@ -1,6 +1,6 @@
 """Stage 1: train the tokenizer and, beside it, the small AR model that shapes the prologue tokens.
 
-    python train_stage1.py                              # tiny, embedded data, minutes on a CPU
+    python train_stage1.py                              # tiny, bundled data, minutes on a CPU
     python train_stage1.py --layout 2d --out out_2d     # the baseline without a prologue
     python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post
     python train_stage1.py --onestage --ar_size tiny --out out_onestage     # no stage 2 after this
@@ -13,20 +13,17 @@ One step, for images x (paper equation 2):
     onehot = prologue codes of h_prologue                        # Prob-STE
     y = decoder(q)
     ce = cross-entropy of the joint AR model on [onehot, EOS, codes], codes hidden half of the time
-    loss = l1(x, y) + vq + perceptual(x, y) + 0.1 * gan(y) + ce
+    loss = l1(x, y) + vq + perceptual(x, y) + gan_weight * gan(y) + ce
     update tokenizer and AR model by the gradients of loss       # ce's into onehot times lambda
     update the discriminator on x against y
     EMA of the tokenizer <- tokenizer                            # the weights that are used later
 
 Which loss reaches which weights:
 
-                     encoder   visual projection   prologue projection   decoder   AR   discrimi-
-                               codebook            and codebook                         nator
-    l1, perceptual,
-    gan              x         x                                         x
-    vq               x         x         x
-    ce               lambda                        lambda                          x
-    discriminator                                                                       x
+    l1, perceptual, gan    encoder, visual projection, decoder
+    vq                     encoder, visual projection, visual codebook
+    ce                     encoder, prologue projection and codebook, all times lambda; AR model
+    discriminator          discriminator
 
 In --out it leaves tokenizer.safetensors (the EMA), joint_ar.safetensors, train_stage1.jsonl (the
 log), train_stage1.png (held-out images above their reconstructions) and train_stage1.pt (the state
@@ -57,7 +54,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ar as ar_file
 from ar import AR, ARConfig
-from pretokenize import (EMBEDDED, Images, center_crop, default_val, load_batches, no_crop,
+from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, no_crop,
                          random_crop, save_grid)
 from tokenizer import (LAYOUTS, SIZES, InputError, Tokenizer, TokenizerConfig, Transformer,
                        attention_backend, real, to_float, to_uint8, whole, writing)
@@ -69,7 +66,8 @@ class Stage1(nn.Module):
     """Tokenizer and joint AR model in one forward, as DistributedDataParallel wants it.
 
     lambda (`ce_weight`) multiplies the gradient that CE sends into the one-hot codes and nothing
-    else: so the encoder is trained on lambda * CE and the AR model on CE, as by two updates.
+    else: so the encoder is trained on lambda * CE and the AR model on CE, as two
+    separate updates would.
     """
 
     def __init__(self, tokenizer, ar, ce_weight, direct_ce=False):
@@ -127,9 +125,9 @@ class Discriminator(nn.Module):
 
 
 def lecam_penalty(logits_real, logits_fake, averages):
-    """LeCam (Tseng et al. 2021): real logits shall not rise above the running mean of the fake
-    ones, nor fake logits fall below that of the real ones, by much. It keeps a discriminator of
-    few images from becoming sure of itself. averages (2,): mean logits of real and fake."""
+    """LeCam (Tseng et al. 2021) penalizes real logits above the running mean of the fake ones and
+    fake logits below that of the real ones, which keeps a discriminator from overfitting few
+    images. averages (2,): running mean logits of real and fake."""
     real_excess = F.relu(logits_real - averages[1]).square().mean()
     fake_excess = F.relu(averages[0] - logits_fake).square().mean()
     return real_excess + fake_excess
@@ -227,7 +225,7 @@ def pretrained(build):
 
 
 def build_models(args, classes):
-    """Tokenizer and joint AR model, equal on all ranks; None for it where no CE is trained on."""
+    """Tokenizer and joint AR model, equal on all ranks; the latter None if no CE is used."""
     torch.manual_seed(args.seed)
     flags = {name: getattr(args, name) for name in MODEL_FLAGS}
     changed = {name: value for name, value in flags.items() if value is not None}
@@ -292,15 +290,15 @@ def epoch_order(seed, epoch, count):
 
 
 def visited_image(seed, visit, count):
-    """Which of `count` images the run looks at on its visit number 0, 1, ...: one random order of
-    all images after another, without a gap. It depends on nothing else, so a run may be resumed on
-    another number of ranks."""
+    """Index of the image at a visit. Visits number the images that training reads, from 0, over all
+    epochs and ranks; each epoch is a new random order of all `count` images. An image depends on
+    (seed, visit) only, so a run may be resumed on another number of ranks."""
     return int(epoch_order(seed, visit // count, count)[visit % count])
 
 
 def training_view(images, visit, size, args):
-    """The crop of a visit, mirrored half of the time with --flip, and its index: uint8 (3, size,
-    size). All that is random in it is decided by (seed, visit)."""
+    """The crop that a visit sees, mirrored half of the time with --flip: uint8 (3, size, size).
+    Depends on (seed, visit) only."""
     index = visited_image(args.seed, visit, len(images))
     rng = random.Random(f"{args.seed} {visit}")
     image = images.open(index)
@@ -312,11 +310,11 @@ def training_view(images, visit, size, args):
         view = no_crop(image, size, images.names[index])
     if args.flip and rng.random() < 0.5:
         view = view[:, ::-1]
-    return view.transpose(2, 0, 1)
+    return np.ascontiguousarray(view.transpose(2, 0, 1))
 
 
 def held_out_view(images, index, size, args):
-    """uint8 (3, size, size) without chance"""
+    """The image without anything random: uint8 (3, size, size)."""
     image = images.open(index)
     if args.crop == "none":
         view = no_crop(image, size, images.names[index])
@@ -441,8 +439,7 @@ def load_state(path, fixed, args, rank, world_size):
 
 
 def start_log(path, step):
-    """Keeps of an earlier log what a run that begins behind `step` goes on from: the whole lines up
-    to that step."""
+    """Truncates an earlier log to its complete lines up to `step`, the step to go on from."""
     kept = []
     if step > 0 and path.exists():
         for line in path.read_text(errors="replace").splitlines():
@@ -470,10 +467,12 @@ def as_text(entry):
 
 # The script
 
-# What is printed of a line of the log
+CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
+
+# Entries of the log that are also printed
 SHOWN = ("step", "l1", "vq", "perceptual", "gan", "ce", "discriminator", "images_per_s")
 
-# Flags that change the tokenizer; those left out are those of --size.
+# Flags of the tokenizer that default to those of --size
 MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_prologue",
                "prologue_codebook_size")
 
@@ -485,7 +484,7 @@ def parse_args():
     flag = parser.add_argument
 
     # Data
-    flag("--data", default=str(EMBEDDED / "train"),
+    flag("--data", default=str(BUNDLED / "train"),
          help="training images: a folder, zip, or path into a zip, with a folder for each class")
     flag("--val_data",
          help="held-out images; by default the folder val beside a --data named train, else --data")
@@ -515,7 +514,8 @@ def parse_args():
     flag("--ce_weight", type=real(0), default=3.0,
          help="lambda: factor of CE's gradient into the tokenizer")
     flag("--visual_dropout", type=real(0, 1), default=0.5,
-         help="share of images whose visual tokens are hidden from the AR model")
+         help="share of images whose visual tokens are hidden from the AR model; not with "
+         "--direct_ce")
 
     # Losses
     flag("--perceptual", default="none", choices=["none", "vgg", "convnext", "both"],
@@ -631,12 +631,12 @@ def main():
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     final = tokenizer if args.onestage else ema  # the weights that are used afterwards
     perceptual_loss = Perceptual(args.perceptual).to(device)
-    gan = None
+    discriminator = None
     if args.gan_weight > 0:
         if micro < 2 or size < 24:
             raise InputError("the discriminator needs 2 images of 24 pixels or more per forward, "
                              f"here are {micro} of {size}; train without it by --gan_weight 0")
-        gan = Discriminator(args.gan_channels).to(device)
+        discriminator = Discriminator(args.gan_channels).to(device)
     if rank == 0:
         parameters = sum(p.numel() for p in tokenizer.parameters()) / 1e6
         print(f"{args.layout}: {parameters:.1f}M parameters, {len(images)} images", flush=True)
@@ -647,20 +647,21 @@ def main():
     if ar is not None:
         groups += adamw_groups(ar, betas=(0.9, 0.99), weight_decay=0.03)
     optimizers = {"optimizer": torch.optim.AdamW(groups, lr=args.lr, fused=True)}
-    if gan is not None:
-        optimizers["gan_optimizer"] = torch.optim.AdamW(gan.parameters(), lr=args.lr, fused=True,
-                                                        betas=(0.0, 0.99), weight_decay=1e-4)
+    if discriminator is not None:
+        adamw = torch.optim.AdamW(discriminator.parameters(), lr=args.lr, fused=True,
+                                  betas=(0.0, 0.99), weight_decay=1e-4)
+        optimizers["discriminator_optimizer"] = adamw
 
     # Resume
     modules = {"tokenizer": tokenizer, "ema": ema}
     if ar is not None:
         modules["ar"] = ar
-    if gan is not None:
-        modules["gan"] = gan
-    fixed = dict(  # what a run that goes on must have in common with the one before
+    if discriminator is not None:
+        modules["discriminator"] = discriminator
+    fixed = dict(  # must not change on --resume
         tokenizer=asdict(tokenizer.cfg),
         ar=None if ar is None else asdict(ar.cfg),
-        gan_channels=None if gan is None else args.gan_channels,
+        gan_channels=None if discriminator is None else args.gan_channels,
         direct_ce=args.direct_ce,
         images=images.digest(),
         crop=args.crop,
@@ -675,6 +676,7 @@ def main():
             start_step = state["step"]
             for name, part in (modules | optimizers).items():
                 part.load_state_dict(state[name])
+        del state  # it may be gigabytes
 
     # Compilation and ranks. Block by block, so that equal blocks are compiled once.
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
@@ -685,12 +687,12 @@ def main():
                 for block in module.blocks:
                     block.compile(dynamic=False)
     model = stage1
-    discriminator = gan
+    discriminator_model = discriminator
     if world_size > 1:
-        # Buffers of BatchNorm copied between ranks would change tensors a backward still needs.
+        # A broadcast of buffers would modify BatchNorm statistics that a backward still needs.
         model = DistributedDataParallel(stage1, broadcast_buffers=False)
-        if gan is not None:
-            discriminator = DistributedDataParallel(gan, broadcast_buffers=False)
+        if discriminator is not None:
+            discriminator_model = DistributedDataParallel(discriminator, broadcast_buffers=False)
 
     # Batches: the visit numbers of this rank in a step, a list for each micro-batch, and a loader
     # that runs ahead of the loop
@@ -703,7 +705,7 @@ def main():
     load = functools.partial(training_view, images, size=size, args=args)
     loader = load_batches(load, all_visits, args.num_workers)
 
-    # Whoever sends SIGTERM or presses Ctrl-C gets a saved state, after the current step
+    # On SIGTERM or Ctrl-C: finish the step, save, end
     stop = torch.zeros(1)
     signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
     signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))
@@ -723,18 +725,18 @@ def main():
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
 
-        # What is random in a step is drawn for the whole batch, of which a rank takes its share
+        # Random numbers are drawn for the global batch, of which each rank takes its slice
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         of_rank = slice(rank * per_rank, (rank + 1) * per_rank)
         drop = torch.rand(args.batch_size, generator=generator)[of_rank] < args.visual_dropout
-        unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < 0.1
+        unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < CLASS_DROPOUT
 
         terms = defaultdict(float)  # of the loss, for the log
         for i, visits in enumerate(visits_of_step(step)):
             # A micro-batch of images
             x = next(loader)  # (B, 3, H, W) uint8
             if device.type == "cuda":
-                x = x.pin_memory()  # only then can the copy go on beside other work
+                x = x.pin_memory()  # only copies from pinned memory are asynchronous
             x = to_float(x.to(device, non_blocking=device.type == "cuda"))
             of_micro = slice(i * micro, (i + 1) * micro)
             labels = torch.zeros(micro, dtype=torch.int64)  # a joint AR model knows no classes
@@ -742,28 +744,28 @@ def main():
                 labels = images.labels[[visited_image(args.seed, v, len(images)) for v in visits]]
                 labels = labels.masked_fill(unlabelled[of_micro], len(images.classes))
             labels = labels.to(device)
-            hidden = drop[of_micro].to(device)
+            dropped = drop[of_micro].to(device)
             if world_size > 1:  # gradients travel between the ranks once per step
                 last_micro = i == per_rank // micro - 1
                 model.require_backward_grad_sync = last_micro
-                if gan is not None:
-                    discriminator.require_backward_grad_sync = last_micro
+                if discriminator is not None:
+                    discriminator_model.require_backward_grad_sync = last_micro
 
             # Forward and losses
             with autocast:
-                y, vq, ce = model(x, labels, hidden)
+                y, vq, ce = model(x, labels, dropped)
             l1 = zero
             perceptual = zero
             gan_loss = zero
             if y is not None:
                 l1 = F.l1_loss(y, x)
                 perceptual = perceptual_loss(y, x)
-            if gan is not None:
-                gan.requires_grad_(False)  # this gradient is for the tokenizer alone
+            if discriminator is not None:
+                discriminator.requires_grad_(False)  # this gradient is for the tokenizer alone
                 with autocast:
-                    logits = gan.net(y)
+                    logits = discriminator.net(y)
                 gan_loss = F.softplus(-logits.float()).mean()
-                gan.requires_grad_(True)
+                discriminator.requires_grad_(True)
             loss = l1 + vq + perceptual + args.gan_weight * gan_loss + ce
 
             # Backward
@@ -771,30 +773,30 @@ def main():
             micro_terms = dict(l1=l1, vq=vq, perceptual=perceptual, gan=gan_loss, ce=ce)
 
             # Discriminator, on the same images and reconstructions
-            if gan is not None:
+            if discriminator is not None:
                 with_r1 = args.r1_weight > 0 and step % args.r1_every == 0
-                bf16 = args.dtype == "bf16" and not with_r1  # R1 differentiates twice, in fp32
+                bf16 = args.dtype == "bf16" and not with_r1  # R1 differentiates twice: not in bf16
                 with torch.autocast(device.type, dtype, enabled=bf16):
-                    logits_real, logits_fake, r1 = discriminator(x, y, with_r1)
+                    logits_real, logits_fake, r1 = discriminator_model(x, y, with_r1)
                 logits_real = logits_real.float()
                 logits_fake = logits_fake.float()
                 means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
                 if world_size > 1:
                     dist.all_reduce(means)
                     means = means / world_size
-                means = means.where(means.isfinite(), gan.averages)
-                gan.averages.lerp_(means, (1 - 0.999) * micro / per_rank)
-                lecam = lecam_penalty(logits_real, logits_fake, gan.averages)
+                means = means.where(means.isfinite(), discriminator.averages)
+                discriminator.averages.lerp_(means, (1 - 0.999) * micro / per_rank)
+                lecam = lecam_penalty(logits_real, logits_fake, discriminator.averages)
                 vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
-                gan_d = vanilla + args.lecam_weight * lecam + args.r1_weight / 2 * r1
-                (gan_d * micro / per_rank).backward()
-                micro_terms |= dict(discriminator=gan_d, lecam=lecam, r1=r1)
+                discriminator_loss = vanilla + args.lecam_weight * lecam + args.r1_weight / 2 * r1
+                (discriminator_loss * micro / per_rank).backward()
+                micro_terms |= dict(discriminator=discriminator_loss, lecam=lecam, r1=r1)
                 micro_terms |= dict(logits_real=means[0], logits_fake=means[1])
             for name, value in micro_terms.items():
                 terms[name] += value.detach() * micro / per_rank
 
-        # Step. Where a gradient is not finite, and then it is on all ranks, found_inf makes fused
-        # AdamW leave everything as it was; no value has to come to the CPU for that.
+        # Step. If a gradient is not finite (then it is so on all ranks, which have averaged them),
+        # found_inf makes fused AdamW skip the update, without a value that the CPU has to wait for.
         finite = torch.ones((), device=device, dtype=torch.bool)
         for name, optimizer in optimizers.items():
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
@@ -805,13 +807,14 @@ def main():
             terms[f"gradient_of_{name}"] = norm
         skipped = torch.where(finite, zero, skipped + 1)
 
-        # EMA, over less than its half-life as long as there is little to average over
+        # EMA; its half-life is at most a tenth of the steps so far
         update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * step))
 
-        # All ranks stop at the same step
+        # All ranks stop at the same step. A copy is reduced: a signal may set `stop` meanwhile.
+        asked_to_stop = stop.clone()
         if world_size > 1:
-            dist.all_reduce(stop, dist.ReduceOp.MAX)
-        last = step == args.steps or bool(stop)
+            dist.all_reduce(asked_to_stop, dist.ReduceOp.MAX)
+        last = step == args.steps or bool(asked_to_stop)
 
         # Log
         if step % args.log_every == 0 or last:
@@ -835,7 +838,7 @@ def main():
             clock = time.perf_counter()
             clock_step = step
 
-        # Save, before the measures: whoever asks a run to stop may not wait for them
+        # Save, before the measures: a job that is asked to stop may soon be killed
         pause = time.perf_counter()
         if step % args.save_every == 0 or last:
             if args.onestage:
@@ -847,7 +850,7 @@ def main():
                     ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
 
         # Held-out measures and pictures
-        if step % args.eval_every == 0 or step == args.steps:
+        if (step % args.eval_every == 0 or step == args.steps) and not asked_to_stop:
             with torch.compiler.set_stance("force_eager"):  # other batch sizes than the loop's
                 entry = evaluate(final, ar, val_images, args, device, autocast, rank, world_size)
                 if rank == 0:
@@ -860,7 +863,7 @@ def main():
         if last:
             break
 
-    if rank == 0 and stop:
+    if rank == 0 and asked_to_stop:
         print(f"asked to stop: saved after step {step}, go on with --resume")
     if world_size > 1:
         dist.barrier()

@@ -1,6 +1,6 @@
 """Builds data/fashion_mnist.zip: class folders of PNGs out of the four Fashion-MNIST files (MIT licence, Zalando SE).
 
-    python data/fashion_mnist.py                                    # the embedded subset: 10,000 train, 2,000 val
+    python data/fashion_mnist.py                                    # the bundled subset: 10,000 train, 2,000 val
     python data/fashion_mnist.py --full --out fashion_mnist_full.zip    # all 60,000 + 10,000
 
 The files are those of Debian's package dataset-fashion-mnist; where --source lacks them, torchvision downloads them to data/raw.

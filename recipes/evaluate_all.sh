@@ -23,37 +23,36 @@ num = sys.argv[2]
 
 # Tables 1, 2 and A1: gFID without CFG; with CFG gFID, IS, precision, recall
 paper = {
-    "1d": [19.32, 6.10, None, None, None],
-    "2d": [21.01, 5.02, None, None, None],
-    "prologue-b-b": [10.75, 4.11, 210.3, 0.83, 0.48],
-    "prologue-b-l": [6.56, 2.67, 251.2, 0.82, 0.56],
-    "prologue-b-xl": [5.22, 2.43, 252.6, 0.80, 0.59],
-    "prologue-l-b": [5.02, 2.15, 219.9, 0.79, 0.60],
-    "prologue-l-l": [2.81, 1.52, 251.6, 0.77, 0.66],
-    "prologue-l-xl": [2.26, 1.46, 257.7, 0.78, 0.66],
-    "prologue-post": [11.04, 3.88, None, None, None],
-    "prologue-onestage": [21.00, 5.41, None, None, None],
+    "1d": ["19.32", "6.10"],
+    "2d": ["21.01", "5.02"],
+    "prologue-b-b": ["10.75", "4.11", "210.3", "0.83", "0.48"],
+    "prologue-b-l": ["6.56", "2.67", "251.2", "0.82", "0.56"],
+    "prologue-b-xl": ["5.22", "2.43", "252.6", "0.80", "0.59"],
+    "prologue-l-b": ["5.02", "2.15", "219.9", "0.79", "0.60"],
+    "prologue-l-l": ["2.81", "1.52", "251.6", "0.77", "0.66"],
+    "prologue-l-xl": ["2.26", "1.46", "257.7", "0.78", "0.66"],
+    "prologue-post": ["11.04", "3.88"],
+    "prologue-onestage": ["21.00", "5.41"],
 }
 columns = ["gFID without CFG", "gFID", "IS", "Pre.", "Rec."]
 keys = ["fid", "fid", "inception_score", "precision", "recall"]
 modes = ["no_cfg", "cfg", "cfg", "cfg", "cfg"]
 
-lines = [f"{int(num):,} samples for each score; in brackets the paper's.", ""]
+lines = [f"{int(num):,} samples for each score; the paper's in brackets.", ""]
 lines.append("| pair | " + " | ".join(columns) + " |")
 lines.append("| --- " * (len(columns) + 1) + "|")
-for name, values in paper.items():
+for name, published in paper.items():
     cells = []
-    for key, mode, value in zip(keys, modes, values):
-        score = folder / name / f"{mode}_{num}" / "score.json"
-        measured = "-"
+    for i in range(len(columns)):
+        score = folder / name / f"{modes[i]}_{num}" / "score.json"
+        cell = "-"
         if score.exists():
-            # A reference that holds nothing but statistics gives no precision and recall.
-            measured = json.loads(score.read_text()).get(key, "-")
-        if measured != "-":
-            measured = f"{measured:.2f}"
-        if value is not None:
-            measured += f" ({value})"
-        cells.append(measured)
+            measured = json.loads(score.read_text())
+            if keys[i] in measured:  # a reference of statistics alone gives no precision
+                cell = f"{measured[keys[i]]:.2f}"
+        if i < len(published):
+            cell += f" ({published[i]})"
+        cells.append(cell)
     lines.append(f"| {name} | " + " | ".join(cells) + " |")
 (folder / "table.md").write_text("\n".join(lines) + "\n")
 END

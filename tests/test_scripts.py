@@ -157,7 +157,7 @@ def test_resume_continues_exactly(tmp_path):
     assert log(tmp_path / "train_stage1.jsonl", *keys) == unbroken
     a = state(tmp_path / "train_stage1.pt")
     b = state(pipeline() / "train_stage1.pt")
-    for name in ("tokenizer", "ema", "ar", "gan"):
+    for name in ("tokenizer", "ema", "ar", "discriminator"):
         assert all(torch.equal(a[name][key], b[name][key]) for key in b[name])
     unbroken = log(pipeline() / "train_ar.jsonl", "ce", "grad_norm")
     assert log(tmp_path / "ar" / "train_ar.jsonl", "ce", "grad_norm") == unbroken

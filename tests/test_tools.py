@@ -23,7 +23,7 @@ import sample
 import sweep
 import watch
 from ar import AR
-from pretokenize import EMBEDDED, Images
+from pretokenize import BUNDLED, Images
 from tokenizer import InputError, Tokenizer
 
 SHIPPED = ROOT / "checkpoints" / "fashion_mnist"
@@ -47,7 +47,7 @@ def data(tmp_path_factory):
     """A folder with 16 training and 8 held-out images of two classes."""
     folder = tmp_path_factory.mktemp("data")
     for split, count in (("train", 8), ("val", 4)):
-        images = Images(EMBEDDED / split)
+        images = Images(BUNDLED / split)
         for label in (0, 1):
             name = images.classes[label]
             (folder / split / name).mkdir(parents=True)

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tokenizer as tokenizer_file
-from pretokenize import EMBEDDED, Images, center_crop
+from pretokenize import BUNDLED, Images, center_crop
 from sample import load_pair
 from tokenizer import InputError, to_float, to_uint8, whole
 
@@ -135,7 +135,7 @@ def parse_args():
     flag("--out", default="out", help="folder for the pictures, and where the pair is looked for")
     flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
     flag("--ar", help="AR file; by default that in --out, or else the shipped one")
-    flag("--data", default=str(EMBEDDED / "val"), help="images in class folders")
+    flag("--data", default=str(BUNDLED / "val"), help="images in class folders")
     flag("--images", type=whole(1), default=64,
          help="images that the AR model's attention is averaged over")
     return parser.parse_args()

@@ -64,7 +64,7 @@ ENVIRONMENT = {
     "ablations": {"ONLY": "k4", "AR_FLAGS": STAGE2},
     "ablations_l": {"ONLY": "l-b-vgg", "AR_FLAGS": STAGE2},
     "direct_ce": {"LAYOUTS": "2d", "CE_WEIGHTS": "0.3", "AR_FLAGS": STAGE2},
-    "evaluate_all": {"ONLY": "prologue-l-xl", "FROM": "ckpts"},
+    "evaluate_all": {"ONLY": "prologue-l-xl"},
 }
 
 
@@ -181,20 +181,27 @@ def run_readme(folder, environment):
     return failures
 
 
+def words_of_recipe(name, folder):
+    """The command line of a recipe."""
+    words = ["bash", ROOT / "recipes" / f"{name}.sh"]
+    if name == "evaluate":
+        words.append(folder / "runs" / "prologue_b" / "tokenizer.safetensors")
+        words.append(folder / "runs" / "ar_b_b" / "ar.safetensors")
+        words += ["prologue-b-b", "--columns", 1]
+    elif name == "evaluate_all":
+        words += ["--columns", 1]
+    elif name.startswith("ar_"):
+        words += STAGE2.split()
+    else:
+        words += STAGE1.split()
+    return words
+
+
 def run_chain(names, folder, environment):
     """Runs recipes one after the other; returns the failures."""
     failures = []
     for name in names:
-        flags = STAGE1
-        if name.startswith("ar_"):
-            flags = STAGE2
-        elif name == "evaluate":
-            runs = folder / "runs"
-            pair = [runs / "prologue_b" / "tokenizer.safetensors", runs / "ar_b_b" / "ar.safetensors"]
-            flags = f"{pair[0]} {pair[1]} prologue-b-b --columns 1"
-        elif name == "evaluate_all":
-            flags = "--columns 1"
-        words = ["bash", ROOT / "recipes" / f"{name}.sh", *flags.split()]
+        words = words_of_recipe(name, folder)
         failures.append(run(words, ROOT, environment | ENVIRONMENT.get(name, {})))
     return failures
 
@@ -210,10 +217,10 @@ def run_all(folder):
         "DATA": str(folder / "imagenet.zip/ILSVRC/Data/CLS-LOC"),
         "RUNS": str(folder / "runs"),
         "REFERENCE": str(folder / "VIRTUAL_imagenet256_labeled.npz"),
+        "FROM": str(folder / "ckpts"),
         "NUM": "20",
         "BATCH": "20",
     }
-    ENVIRONMENT["evaluate_all"]["FROM"] = str(folder / "ckpts")
     with ThreadPoolExecutor(2) as pool:
         jobs = [pool.submit(run_readme, folder, environment)]
         jobs += [pool.submit(run_chain, names, folder, environment) for names in CHAINS]

@@ -6,7 +6,7 @@ has the same budget.
     python tools/claims.py --scale 10 --out claims10    # ten times the steps, for a GPU
     python tools/claims.py --report             # only the table and the plots, of what is there
 
-A cell trains a tokenizer and an AR model on the embedded data, tries as many sampling settings as
+A cell trains a tokenizer and an AR model on the bundled data, tries as many sampling settings as
 every other cell (500 samples each), and measures the best of them on 2,000 samples of another seed.
 A run that was stopped goes on where it was. Beside the cells, in --out, it writes claims_table.md,
 claims_lambda.png and claims_content.png to --results.

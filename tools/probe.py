@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from pretokenize import EMBEDDED, Images, center_crop, default_val, load_batches
+from pretokenize import BUNDLED, Images, center_crop, default_val, load_batches
 from tokenizer import InputError, Tokenizer, to_float, unit_norm, whole
 
 BATCH_SIZE = 100
@@ -86,7 +86,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("tokenizers", nargs="+", metavar="TOKENIZER", help="tokenizer files")
-    flag("--data", default=str(EMBEDDED / "train"), help="training images, in class folders")
+    flag("--data", default=str(BUNDLED / "train"), help="training images, in class folders")
     flag("--val_data",
          help="held-out images; by default the folder val beside a --data named train")
     flag("--tokens", type=whole(1), default=8, help="how many of the first tokens are pooled")

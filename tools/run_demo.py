@@ -1,4 +1,4 @@
-"""The five scripts one after the other on the embedded data, then one table: what `make demo` runs.
+"""The five scripts one after the other on the bundled data, then one table: what `make demo` runs.
 
     python tools/run_demo.py                            # prologue, into out/
     python tools/run_demo.py --layout 2d --out out_2d   # the baseline without a prologue
@@ -70,7 +70,7 @@ def make_table(nats, plain, guided, reconstruction, minutes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="The five scripts on the embedded data.",
+    parser = argparse.ArgumentParser(description="The five scripts on the bundled data.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--layout", default="prologue", choices=["prologue", "2d", "1d"], help="of the tokenizer")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fid
 from ar import SCHEDULES
-from pretokenize import EMBEDDED
+from pretokenize import BUNDLED
 from sample import PRESETS, decode, draw, load_pair, pack_for_cpu, preset_settings
 from tokenizer import InputError, real, whole, writing
 
@@ -162,7 +162,7 @@ def parse_args():
     flag("--no_cfg", action="store_true", help="the preset's settings without guidance")
     flag("--num", type=whole(2), default=1000, help="images for each combination")
     flag("--seed", type=whole(0), default=0, help="of the noise")
-    flag("--reference", default=str(EMBEDDED / "train"),
+    flag("--reference", default=str(BUNDLED / "train"),
          help="npz, folder or zip of images to compare with")
     flag("--inception", metavar="FILE", help="torch-fidelity's weights, else they are downloaded")
     flag("--batch_size", type=whole(1), default=100, help="images at a time")

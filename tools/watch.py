@@ -33,7 +33,7 @@ from sweep import Samples
 
 import fid
 from ar import AR, check_pair
-from pretokenize import EMBEDDED, Images, center_crop, default_val
+from pretokenize import BUNDLED, Images, center_crop, default_val
 from sample import PRESETS, pack_for_cpu, preset_settings
 from tokenizer import InputError, Tokenizer, real, whole, writing
 
@@ -194,7 +194,7 @@ def main():
     size = Tokenizer.load(tokenizer_path).cfg.image_size
     network = fid.feature_network("auto", size, args.inception, device)[1]
     flags = training_state(out / "train_stage1.pt")[1]
-    data = flags.get("data", str(EMBEDDED / "train"))
+    data = flags.get("data", str(BUNDLED / "train"))
     val_data = args.val_data or flags.get("val_data") or default_val(data) or data
     originals = None
     reference = None
