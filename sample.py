@@ -9,7 +9,8 @@ Class and noise of an image depend on its number and the seed alone, so ranks an
 nothing but the rounding, and a run that was stopped goes on where it was. In --out it leaves
 samples.png (a row for each class), fixed_prologue.png (each row one prologue, its visual tokens
 drawn anew; the last row has prologues of its own), reconstructions.png, samples.npz (arr_0 uint8
-(N, H, W, 3), arr_1 labels) and samples.json, which says how they were drawn.
+(N, H, W, 3), arr_1 labels), samples.json, which says how they were drawn, and with --sheet N also
+sheet.png, N x N images.
 """
 
 import argparse
@@ -159,7 +160,7 @@ def class_numbers(chosen, ar):
 
 
 def save_grids(tokenizer, ar, args, settings, batch_size):
-    """samples.png, and where it applies fixed_prologue.png and reconstructions.png."""
+    """samples.png, and where it applies fixed_prologue.png, sheet.png, reconstructions.png."""
     out = Path(args.out)
     k = ar.cfg.num_prologue
     size = tokenizer.cfg.image_size
@@ -184,6 +185,18 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
         images = decode(tokenizer, torch.cat([rows, other]), batch_size)
         save_grid(out / "fixed_prologue.png", images.split(columns))
         print(f"{out / 'fixed_prologue.png'}: each row one prologue, then a row of others")
+
+    # A square sheet of images of the chosen classes in turn, or of all in random order
+    if args.sheet > 0:
+        count = args.sheet**2
+        generator = torch.Generator().manual_seed(args.seed)
+        order = torch.randperm(ar.cfg.num_classes, generator=generator)
+        if args.classes:
+            order = torch.tensor(classes)
+        labels = order[torch.arange(count) % len(order)]
+        codes = draw(ar, labels, range(3000, 3000 + count), **drawing)
+        save_grid(out / "sheet.png", decode(tokenizer, codes, batch_size).split(args.sheet))
+        print(f"{out / 'sheet.png'}: {args.sheet} x {args.sheet} images")
 
     # Images of --data above their reconstructions
     data = args.data
@@ -225,6 +238,8 @@ def parse_args():
     flag("--classes", nargs="+", metavar="CLASS",
          help="names or numbers of the grids' rows; by default ten of all")
     flag("--columns", type=whole(1), default=10, help="images per row of a grid")
+    flag("--sheet", type=whole(0), default=0, metavar="N",
+         help="also draw a sheet of N x N images of --classes, or of random ones; 0 is none")
     flag("--data", help="images of the reconstruction grid; by default the bundled ones for a "
          "28 x 28 tokenizer, else none")
     flag("--seed", type=whole(0), default=0, help="of the noise")

@@ -117,6 +117,8 @@ def rope(x, cos, sin):
     odd = x[..., 1:width:2]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
     turned = turned.flatten(-2)  # (B, T, heads, width)
+    if width == x.shape[-1]:
+        return turned
     return torch.cat([turned, x[..., width:]], -1)
 
 

@@ -236,8 +236,11 @@ def start_log(path, step):
 
 
 def write_log(path, entry):
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def as_text(entry):
@@ -368,6 +371,8 @@ def main():
         images, crops, length = tokens.codes.shape
         print(f"{parameters:.1f}M parameters, {len(tokens.classes)} classes, {images} images x "
               f"{crops} crops x {length} codes", flush=True)
+        if args.batch_size > images:
+            print(f"note: a batch holds some of the {images} images more than once")
 
     # Resume
     fixed = dict(  # must not change on --resume
@@ -479,13 +484,8 @@ def main():
             clock = time.perf_counter()
             clock_step = step
 
-        # Save, before the measures: a job that is asked to stop may soon be killed
+        # Held-out measures and pictures; a job that is asked to stop may not have the time for them
         pause = time.perf_counter()
-        if (step % args.save_every == 0 or last) and rank == 0:
-            save_state(out / "train_ar.pt", step, fixed, vars(args), ar, optimizer)
-            ar.save(out / "ar.safetensors")
-
-        # Held-out measures and pictures
         if (step % args.eval_every == 0 or step == args.steps) and not asked_to_stop:
             ar.eval()
             with torch.compiler.set_stance("force_eager"):  # other shapes than the loop's
@@ -498,6 +498,11 @@ def main():
                 if rank == 0:
                     save_samples(out / "train_ar.png", ar, tokenizer, args.seed, device, autocast)
             ar.train()
+
+        # Save, behind the measures: a run that is killed while measuring goes on from before them
+        if (step % args.save_every == 0 or last) and rank == 0:
+            save_state(out / "train_ar.pt", step, fixed, vars(args), ar, optimizer)
+            ar.save(out / "ar.safetensors")
         clock += time.perf_counter() - pause  # this time does not count in images_per_s
 
         if last:

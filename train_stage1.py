@@ -453,8 +453,11 @@ def start_log(path, step):
 
 
 def write_log(path, entry):
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(entry) + "\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def as_text(entry):
@@ -619,6 +622,8 @@ def main():
     val_images = Images(val_data)
     if val_data == args.data and rank == 0:
         print(f"no held-out images (--val_data): what is measured is measured on {args.data}")
+    if args.batch_size > len(images) and rank == 0:
+        print(f"note: a batch holds some of the {len(images)} images more than once")
     if args.onestage and val_images.classes != images.classes:
         raise InputError(f"--onestage: {val_data} has other classes than {args.data}")
 
@@ -838,18 +843,8 @@ def main():
             clock = time.perf_counter()
             clock_step = step
 
-        # Save, before the measures: a job that is asked to stop may soon be killed
+        # Held-out measures and pictures; a job that is asked to stop may not have the time for them
         pause = time.perf_counter()
-        if step % args.save_every == 0 or last:
-            if args.onestage:
-                ar.cfg.tokenizer = final.fingerprint()
-            if rank == 0:
-                save_state(out / "train_stage1.pt", step, fixed, vars(args), modules, optimizers)
-                final.save(out / "tokenizer.safetensors")
-                if ar is not None:
-                    ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
-
-        # Held-out measures and pictures
         if (step % args.eval_every == 0 or step == args.steps) and not asked_to_stop:
             with torch.compiler.set_stance("force_eager"):  # other batch sizes than the loop's
                 entry = evaluate(final, ar, val_images, args, device, autocast, rank, world_size)
@@ -858,6 +853,16 @@ def main():
                     print(f"  held out: {as_text(entry)}", flush=True)
                     picture = out / "train_stage1.png"
                     save_pictures(picture, final, val_images, args, device, autocast)
+
+        # Save, behind the measures: a run that is killed while measuring goes on from before them
+        if step % args.save_every == 0 or last:
+            if args.onestage:
+                ar.cfg.tokenizer = final.fingerprint()
+            if rank == 0:
+                save_state(out / "train_stage1.pt", step, fixed, vars(args), modules, optimizers)
+                final.save(out / "tokenizer.safetensors")
+                if ar is not None:
+                    ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
         clock += time.perf_counter() - pause  # this time does not count in images_per_s
 
         if last:

@@ -6,6 +6,7 @@
 import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -206,7 +207,8 @@ def test_variants_train_on_two_ranks_and_what_they_leave_is_of_use(tmp_path):
     pixels = np.asarray(Images(folder() / "val").open(0))
     x = to_float(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     assert torch.equal(a.encode(x), b.encode(x)[:, 8:])  # post leaves the visual codes as they were
-    run("sample.py", "--out", tmp_path / "onestage", "--num", 4)
+    run("sample.py", "--out", tmp_path / "onestage", "--num", 4, "--sheet", 3)
+    assert Image.open(tmp_path / "onestage" / "sheet.png").size == (3 * 58 + 2, 3 * 58 + 2)
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -238,6 +240,41 @@ def test_sigterm_saves_and_ends_and_the_run_goes_on_exactly(tmp_path):
         assert "asked to stop: saved after step" in text
         step = state(tmp_path / name / "train_stage1.pt")["step"]
         assert f"going on from step {step}" in run(*words, "--steps", step + 1, "--resume")
+
+
+@pytest.mark.parametrize("name", ["train_stage1.py", "train_ar.py"])
+def test_a_run_that_is_killed_three_times_ends_with_the_same_weights(tmp_path, name):
+    """At moments that are random but for the seed, in a step, a measure or a save."""
+    def words(out):
+        if name == "train_ar.py":
+            return [name, "--out", stage2_folder(out), *STAGE2]
+        return [name, "--data", folder() / "train", "--out", out, *STAGE1]
+
+    often = ["--steps", 12, "--save_every", 2, "--eval_every", 3]
+    run(*words(tmp_path / "whole"), *often)
+    killed = words(tmp_path / "killed")
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        process = subprocess.Popen(command(*killed, *often, "--resume"), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        lines = rng.integers(1, 8)
+        for line in process.stdout:
+            if line.startswith("step"):
+                lines -= 1
+            if lines == 0:
+                break
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+    run(*killed, *often, "--resume")
+    for path in (tmp_path / "whole").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
+    logs = [tmp_path / out / name.replace(".py", ".jsonl") for out in ("whole", "killed")]
+    key = "ce"
+    assert log(logs[0], "step", key)[0] and log(logs[0], key) == log(logs[1], key)
+    held_out = "val_nats_visual"
+    assert log(logs[0], held_out) == log(logs[1], held_out)
 
 
 # Going on
@@ -375,6 +412,31 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(tmp_path):
     written = [p for p in (tmp_path / "out").rglob("*") if p.suffix != ".jsonl"]
     assert not written, written
     assert [p.name for p in (tmp_path / "made" / "state").iterdir()] == ["train_stage1.pt"]
+
+
+@pytest.mark.parametrize("name", ["train_stage1.py", "pretokenize.py", "sample.py"])
+def test_a_full_disk_gets_a_sentence_and_spoils_nothing(tmp_path, name):
+    """No file may grow beyond 20 kB, as if there were no more room."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in ("tokenizer.safetensors", "ar.safetensors"):
+        (out / file).write_bytes((pipeline() / file).read_bytes())
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    words = ["--out", out, "--data", folder() / "train"]
+    if name == "train_stage1.py":
+        words += ["--steps", 1, *STAGE1]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = subprocess.run(command(name, *words), capture_output=True, text=True, timeout=60,
+                            preexec_fn=limit, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 1
+    assert "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+    for file, content in before.items():
+        assert (out / file).read_bytes() == content
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_a_rank_that_fails_ends_the_others(tmp_path):

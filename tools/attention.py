@@ -1,15 +1,23 @@
 """Where the models look (paper figures 6, 7, A2, A4).
 
     python tools/attention.py                   # the pair in out/, else the shipped one
-    python tools/attention.py --tokenizer T --ar A --data D --images 64
+    python tools/attention.py --tokenizer T --ar A --data D --images 64 --classes 207 980
 
-ar_attention.png: each layer of the AR model, attention averaged over heads and images, the class
-position and the diagonal left out; rows are queries. Local structure shows as lines beside the
-diagonal, the prologue as stripes on the left. prologue_attention.png: for eight images, which part
-of the image each prologue token reads: attention of the encoder's prologue queries over the
-patches, averaged over heads and the last two thirds of the layers. Needs matplotlib.
+ar_attention.png (figures 6, A2): each layer of the AR model on images of --data, attention averaged
+over heads and images, the class position and the diagonal left out; rows are queries. Local
+structure shows as lines beside the diagonal, the prologue as stripes on the left.
 
-Letters in shapes: B images, N visual tokens, K prologue tokens, L = K+1+N tokens (or N).
+prologue_attention.png (figures 7, A4): drawn images, and for each prologue token how much the AR
+model looks at it while it predicts each patch, averaged over heads and the last eight layers. Each
+map has its own scale. The first patches have few other tokens to look at, so the top of a map tends
+to be bright.
+
+encoder_attention.png (not in the paper): images of --data, and for each prologue token how much the
+encoder's query for it looks at each patch, averaged over heads and the last two thirds of the
+layers.
+
+Needs matplotlib. Letters in shapes: B images, N visual tokens, K prologue tokens, L = K+1+N tokens
+(or N).
 """
 
 import argparse
@@ -24,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tokenizer as tokenizer_file
 from pretokenize import BUNDLED, Images, center_crop
-from sample import load_pair
-from tokenizer import InputError, to_float, to_uint8, whole
+from sample import class_numbers, draw, load_pair, pack_for_cpu, preset_settings
+from tokenizer import InputError, to_float, to_uint8, whole, writing
 
 
 def attention_weights(call):
@@ -50,7 +58,12 @@ def attention_weights(call):
     return weights
 
 
-# The AR model
+def save_figure(path, figure):
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=80, format="png")
+
+
+# The AR model's layers
 
 
 def ar_weights(ar, codes, labels):
@@ -71,7 +84,7 @@ def save_ar_picture(path, weights, num_prologue):
         if num_prologue > 0:
             axes[i].axvline(num_prologue + 0.5, color="gray", linestyle="--", linewidth=0.8)
         axes[i].set(title=f"layer {i + 1}", xticks=[], yticks=[])
-    figure.savefig(path, dpi=80)
+    save_figure(path, figure)
 
 
 def ar_shares(weights, cfg):
@@ -94,11 +107,25 @@ def ar_shares(weights, cfg):
     }
 
 
-# The encoder
+# A map over the image for each prologue token
 
 
-def prologue_weights(tokenizer, images):
-    """(B, K, N): of images (B, 3, H, W), how much each prologue token reads of each patch."""
+def prologue_weights(ar, codes, labels):
+    """(B, K, N): of images with codes (B, K+N), how much the AR model looks at each prologue token
+    when it predicts each visual token."""
+    k = ar.cfg.num_prologue
+    layers = attention_weights(lambda: ar(codes, labels))
+    weights = torch.stack(layers[-8:]).mean(0)  # (B, L, L)
+    # The queries are the positions that predict the N visual tokens, EOS's to the last, not those
+    # that hold them: what is read there decides the patch at which the map shows it, and the last
+    # visual token is held nowhere, since nothing follows it. Position 0 holds the class and 1..K
+    # the prologue.
+    return weights[:, k + 1 :, 1 : k + 1].transpose(1, 2)
+
+
+def encoder_weights(tokenizer, images):
+    """(B, K, N): of images (B, 3, H, W), how much the encoder's query for each prologue token looks
+    at each patch."""
     n = tokenizer.cfg.num_visual
     layers = attention_weights(lambda: tokenizer.encode(images))
     if tokenizer.cfg.layout == "post":  # its prologue has an encoder of its own
@@ -107,8 +134,9 @@ def prologue_weights(tokenizer, images):
     return torch.stack(layers[-last:]).mean(0)[:, n:, :n]
 
 
-def save_prologue_picture(path, images, weights, grid):
-    """A row for each image (B, 3, H, W): the image, then a heat map for each prologue token."""
+def save_maps(path, images, weights, grid):
+    """A row for each image (B, 3, H, W): the image, then a heat map for each prologue token, of
+    weights (B, K, N)."""
     rows = len(images)
     columns = weights.shape[1] + 1
     height, width = images.shape[2:]
@@ -125,7 +153,7 @@ def save_prologue_picture(path, images, weights, grid):
     for axis in axes.flat:
         axis.axis("off")
     figure.tight_layout(pad=0.2)
-    figure.savefig(path, dpi=80)
+    save_figure(path, figure)
 
 
 def parse_args():
@@ -137,7 +165,10 @@ def parse_args():
     flag("--ar", help="AR file; by default that in --out, or else the shipped one")
     flag("--data", default=str(BUNDLED / "val"), help="images in class folders")
     flag("--images", type=whole(1), default=64,
-         help="images that the AR model's attention is averaged over")
+         help="of --data, that ar_attention.png is averaged over")
+    flag("--classes", nargs="+", metavar="CLASS",
+         help="names or numbers of the drawn images' classes; by default ten of all")
+    flag("--seed", type=whole(0), default=0, help="of the noise of the drawn images")
     return parser.parse_args()
 
 
@@ -145,36 +176,44 @@ def parse_args():
 def main():
     args = parse_args()
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer, ar, paths = load_pair(args, torch.device("cpu"))
+    pack_for_cpu(ar)
+    labels = torch.tensor(class_numbers(args.classes, ar))  # of the drawn images
     print(f"{paths[0]} and {paths[1]}")
 
     # Images, spread over all classes
     images = Images(args.data)
     if len(images.classes) != ar.cfg.num_classes:
-        raise InputError(
-            f"{args.data} has {len(images.classes)} classes, and {paths[1]} was trained on "
-            f"{ar.cfg.num_classes}"
-        )
+        raise InputError(f"{args.data} has {len(images.classes)} classes, and {paths[1]} was "
+                         f"trained on {ar.cfg.num_classes}")
     count = args.images
     indices = [i * len(images) // count for i in range(count)]
     crops = [center_crop(images.open(i), tokenizer.cfg.image_size) for i in indices]
     x = to_float(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))  # (B, 3, H, W)
 
-    # AR model
+    # Layers of the AR model
     weights = ar_weights(ar, tokenizer.encode(x), images.labels[indices])
     for name, shares in ar_shares(weights, ar.cfg).items():
         layers = [f"layer {i + 1}: {share:.3f}" for i, share in enumerate(shares.tolist())]
         print(f"attention to {name:10}{'  '.join(layers)}")
     save_ar_picture(out / "ar_attention.png", weights, ar.cfg.num_prologue)
     print(f"{out / 'ar_attention.png'}: the AR model's layers")
+    if ar.cfg.num_prologue == 0:
+        return
 
-    # Encoder
-    if tokenizer.cfg.num_prologue > 0:
-        x = x[:: max(1, count // 8)][:8]
-        weights = prologue_weights(tokenizer, x)
-        save_prologue_picture(out / "prologue_attention.png", x, weights, tokenizer.cfg.grid)
-        print(f"{out / 'prologue_attention.png'}: what each prologue token reads")
+    # Prologue tokens in the AR model, of images that it draws as sample.py would
+    settings = preset_settings(ar.cfg.preset or "tiny")
+    codes = draw(ar, labels, range(len(labels)), args.seed, batch_size=len(labels),
+                 settings=settings)  # (B, K+N)
+    weights = prologue_weights(ar, codes, labels)
+    save_maps(out / "prologue_attention.png", tokenizer.decode(codes), weights, tokenizer.cfg.grid)
+    print(f"{out / 'prologue_attention.png'}: who looks at each prologue token in the AR model")
+
+    # Prologue tokens in the encoder
+    x = x[:: max(1, count // 8)][:8]
+    weights = encoder_weights(tokenizer, x)
+    save_maps(out / "encoder_attention.png", x, weights, tokenizer.cfg.grid)
+    print(f"{out / 'encoder_attention.png'}: what each prologue token looks at in the encoder")
 
 
 if __name__ == "__main__":
