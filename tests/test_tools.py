@@ -3,9 +3,11 @@
     python -m pytest tests/test_tools.py
 """
 
+import argparse
 import importlib.util
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,7 @@ import sweep
 import watch
 from ar import AR
 from pretokenize import BUNDLED, Images
-from tokenizer import InputError, Tokenizer
+from tokenizer import SIZES, InputError, Tokenizer, TokenizerConfig
 
 SHIPPED = ROOT / "checkpoints" / "fashion_mnist"
 
@@ -216,8 +218,9 @@ def test_curves_of_a_log(monkeypatch, tmp_path):
 
 def test_attention_leaves_its_pictures(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    run(monkeypatch, "attention", "--out", tmp_path, "--images", 10)
-    for name in ("ar_attention.png", "prologue_attention.png"):
+    command = ("--out", tmp_path, "--images", 10, "--classes", "bag", 9)
+    run(monkeypatch, "attention", *command)
+    for name in ("ar_attention.png", "prologue_attention.png", "encoder_attention.png"):
         assert (tmp_path / name).stat().st_size > 10000
     lines = capsys.readouterr().out.splitlines()
     shares = {}
@@ -231,6 +234,26 @@ def test_attention_leaves_its_pictures(monkeypatch, tmp_path, capsys):
     assert all(0 <= share <= 1 for layers in shares.values() for share in layers)
 
 
+def test_the_map_of_a_patch_is_of_the_position_that_predicts_it():
+    pytest.importorskip("matplotlib")
+    import attention
+
+    ar = AR.load(SHIPPED / "ar.safetensors")
+    k = ar.cfg.num_prologue
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(64, (2, k + ar.cfg.num_visual), generator=generator)
+    labels = torch.tensor([0, 9])
+    weights = attention.prologue_weights(ar, codes, labels)  # (2, K, N)
+    assert weights.shape == (2, k, ar.cfg.num_visual)
+    assert weights.min() > 0 and weights.sum(1).max() < 1
+    # Another code in patch 20 is seen by the patches behind it, and not by its own
+    codes[:, k + 20] = 100
+    other = attention.prologue_weights(ar, codes, labels)
+    same = torch.isclose(weights, other, atol=1e-7).all(1).all(0)  # (N,)
+    assert same[:21].all()
+    assert not same[21:].any()
+
+
 def test_a_shared_prologue_brings_images_closer(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "fixed_prologue", "--out", tmp_path, "--pairs", 40)
     same, other = capsys.readouterr().out.splitlines()[1:]
@@ -239,21 +262,74 @@ def test_a_shared_prologue_brings_images_closer(monkeypatch, tmp_path, capsys):
         assert distances[0] < distances[1]
 
 
-def test_probe(monkeypatch, data, capsys):
+def test_probe_learns_what_is_linear(monkeypatch):
     import probe
 
-    train, test = torch.randn(2, 3000, 4, generator=torch.Generator().manual_seed(0))
-    train_labels = (train[:, 0] > 0).long()
-    test_labels = (test[:, 0] > 0).long()
-    assert probe.probe(train, train_labels, test, test_labels, classes=2) > 0.95
+    # Features with a centre for each class, and each number of another scale
+    images = Images(BUNDLED / "val")
+    generator = torch.Generator().manual_seed(0)
+    rows = {}
+    for name, dim in (("hidden", 96), ("codes", 8)):
+        centres = 6 * torch.randn(len(images.classes), dim, generator=generator)
+        noise = torch.randn(len(images), dim, generator=generator)
+        rows[name] = (centres[images.labels] + noise) * torch.logspace(-3, 3, dim)
+    monkeypatch.setattr(probe, "features", lambda *_: rows)
+    tokenizer = Tokenizer.load(SHIPPED / "tokenizer.safetensors")
+    args = argparse.Namespace(epochs=10, batch_size=100, lr=0.1, augment=False, num_workers=0)
+    probes = probe.train(tokenizer, images, 8, args, torch.device("cpu"))
+    for name in rows:
+        top1, top5 = probe.accuracy(probes[name], rows[name], images.labels, torch.device("cpu"))
+        assert 0.95 < top1 <= top5 <= 1
 
-    command = (SHIPPED / "tokenizer.safetensors", "--data", data / "train")
-    run(monkeypatch, "probe", *command)
-    words = capsys.readouterr().out.split()
-    for name in ("hidden", "codes"):
-        assert 0 <= float(words[words.index(name) + 1]) <= 1
-    with pytest.raises(InputError, match="--tokens 9"):
-        run(monkeypatch, "probe", *command, "--tokens", 9)
+
+def test_parts_of_the_probe():
+    import probe
+
+    # Warmup, peak, cosine to 0
+    rates = [probe.learning_rate(step / 90, peak=0.4) for step in (5, 10, 50, 90)]
+    assert rates == pytest.approx([0.2, 0.4, 0.2, 0])
+
+    # Top-1 and top-5: the right class comes first, second, sixth
+    logits = torch.tensor([[9.0, 8, 7, 6, 5, 4], [8, 9, 7, 6, 5, 4], [4, 9, 8, 7, 6, 5]])
+    scores = probe.accuracy(torch.nn.Identity(), logits, torch.tensor([0, 0, 0]), "cpu")
+    assert scores == pytest.approx((1 / 3, 2 / 3))
+
+    # Random crops depend on the epoch and the image alone, and a crop is as large as an image
+    images = Images(BUNDLED / "val")
+    crops = [probe.resized_crop(images.open(0), 16, random.Random(i)) for i in range(100)]
+    assert all(crop.shape == (16, 16, 3) for crop in crops)
+    tokenizer = Tokenizer.load(SHIPPED / "tokenizer.safetensors")
+    images.names = images.names[:5]
+    first = probe.features(tokenizer, images, 8, num_workers=0, epoch=0)
+    assert first["hidden"].shape == (5, 96)
+    assert first["codes"].shape == (5, 8)
+    again = probe.features(tokenizer, images, 8, num_workers=2, epoch=0)
+    second = probe.features(tokenizer, images, 8, num_workers=0, epoch=1)
+    assert torch.equal(first["hidden"], again["hidden"])
+    assert not torch.isclose(first["hidden"], second["hidden"]).all(1).any()
+
+
+def test_probe(monkeypatch, data, tmp_path, capsys):
+    plain = tmp_path / "2d.safetensors"
+    Tokenizer(TokenizerConfig(layout="2d", **SIZES["tiny"])).save(plain)
+    shipped = SHIPPED / "tokenizer.safetensors"
+    command = ("--data", data / "train", "--epochs", 2)
+
+    # As many tokens as the prologue has, also of the tokenizer without one
+    for more in ([], ["--augment", "--num_workers", 0]):
+        run(monkeypatch, "probe", shipped, plain, *command, *more)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2
+        for line, layout in zip(lines, ("prologue", "2d")):
+            assert f"({layout}, first 8 tokens)" in line
+            scores = [float(word) for word in line.split() if word[:2] in ("0.", "1.")]
+            assert len(scores) == 4
+            assert all(0 <= score <= 1 for score in scores)
+            assert scores[1] == scores[3] == 1  # there are fewer than five classes
+    with pytest.raises(InputError, match="2d.safetensors has no prologue: --tokens"):
+        run(monkeypatch, "probe", plain, *command)
+    with pytest.raises(InputError, match="has only 8 of the 9 tokens"):
+        run(monkeypatch, "probe", shipped, *command, "--tokens", 9)
 
 
 # The page

@@ -1,18 +1,19 @@
-"""Linear probe (paper table 4): how well a linear classifier reads the class off the first tokens of
-a tokenizer, as many as it has prologue tokens.
+"""Linear probe (paper table 4): how well a linear classifier reads the class off a tokenizer's K
+prologue tokens, or off the first K of its visual tokens where it has no prologue.
 
     python tools/probe.py out/tokenizer.safetensors out_2d/tokenizer.safetensors
     python tools/probe.py l_xl/tokenizer.safetensors 2d_l/tokenizer.safetensors --augment \\
-        --epochs 90 --batch_size 16384 --data imagenet.zip/ILSVRC/Data/CLS-LOC/train
+        --epochs 90 --data imagenet.zip/ILSVRC/Data/CLS-LOC/train
 
 The tokens are mean-pooled. Two kinds of features: the encoder's hidden states, as in the paper, and
 the code vectors that they are quantized to, which is all that the AR model ever sees.
 
 The protocol is that of MAE's linear probe: BatchNorm without parameters before the linear layer, no
-weight decay, random resized crops and flips (--augment), a learning rate in proportion to the batch
-that warms up over a ninth of the run and falls along a cosine to 0, the last epoch's accuracy on
-centre crops. One thing differs: SGD with momentum 0.9 stands in for LARS, which is made for batches
-of 16,384 and barely moves in the few steps of a small data set.
+weight decay, a learning rate of 0.1 for a batch of 256 and in proportion for others, with warmup
+and a cosine; and with --augment --epochs 90 its random resized crops, flips and length. Two things
+differ. The optimizer is SGD with momentum 0.9 and not LARS, which is made for MAE's batches of
+16,384. And held-out images are cropped to the middle square of full height, as they are everywhere
+here, where MAE keeps the middle 224 pixels of 256.
 """
 
 import argparse
@@ -98,51 +99,138 @@ def features(tokenizer, images, tokens, num_workers, epoch=None):
 # The probe
 
 
-class Probe:
-    """A linear classifier of features (n, dim), with its optimizer."""
-
-    def __init__(self, dim, classes, device):
-        linear = nn.Linear(dim, classes)
-        nn.init.trunc_normal_(linear.weight, std=0.01)
-        nn.init.zeros_(linear.bias)
-        norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
-        self.net = nn.Sequential(norm, linear).to(device)
-        self.device = device
-        self.optimizer = torch.optim.SGD(self.net.parameters(), momentum=0.9)
-
-    def train_epoch(self, rows, labels, batch_size, rate):
-        """One pass over features `rows` (n, dim); rate(share of the pass that is done) is the
-        learning rate."""
-        self.net.train()
-        batch_size = min(batch_size, len(rows))
-        batches = len(rows) // batch_size  # without the rest, of which BatchNorm knows too little
-        order = torch.randperm(len(rows))
-        for i in range(batches):
-            batch = order[i * batch_size : (i + 1) * batch_size]
-            self.optimizer.param_groups[0]["lr"] = rate((i + 1) / batches)
-            logits = self.net(rows[batch].to(self.device))  # (batch, classes)
-            loss = F.cross_entropy(logits, labels[batch].to(self.device))
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-
-    @torch.no_grad()
-    def accuracy(self, rows, labels):
-        """Shares of the features `rows` (n, dim) whose class is the likeliest, and among the five
-        likeliest."""
-        self.net.eval()
-        right = []
-        for batch, targets in zip(rows.split(8192), labels.split(8192)):
-            logits = self.net(batch.to(self.device)).cpu()
-            likeliest = logits.topk(min(5, logits.shape[1])).indices  # (batch, 5), best first
-            right.append(likeliest == targets[:, None])
-        right = torch.cat(right).float()  # (n, 5)
-        return right[:, 0].mean().item(), right.sum(1).mean().item()
-
-
 def learning_rate(progress, peak):
     """Linear warmup over the first ninth of the run, 10 of MAE's 90 epochs, then a cosine to 0."""
     warmup = 1 / 9
     if progress < warmup:
         return peak * progress / warmup
     return peak * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+
+
+def linear_probe(dim, classes):
+    linear = nn.Linear(dim, classes)
+    nn.init.normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(nn.BatchNorm1d(dim, affine=False, eps=1e-6), linear)
+
+
+def train(tokenizer, images, tokens, args, device):
+    """A probe for each kind of features, trained on `images`: {"hidden": network, "codes":
+    network}."""
+    torch.manual_seed(0)
+    epoch = 0 if args.augment else None
+    rows = features(tokenizer, images, tokens, args.num_workers, epoch)
+    classes = len(images.classes)
+    probes = nn.ModuleDict({name: linear_probe(rows[name].shape[1], classes) for name in rows})
+    probes.to(device)
+    optimizer = torch.optim.SGD(probes.parameters(), momentum=0.9)
+    batch_size = min(args.batch_size, len(images))
+    steps = len(images) // batch_size  # of an epoch, without a smaller batch at its end, as MAE
+    for epoch in range(args.epochs):
+        if args.augment and epoch > 0:
+            rows = features(tokenizer, images, tokens, args.num_workers, epoch)
+        order = torch.randperm(len(images))
+        for step in range(steps):
+            batch = order[step * batch_size : (step + 1) * batch_size]
+            progress = (epoch + (step + 1) / steps) / args.epochs
+            peak = args.lr * batch_size / 256
+            optimizer.param_groups[0]["lr"] = learning_rate(progress, peak)
+            targets = images.labels[batch].to(device)
+            loss = 0  # the probes share no weights, so their sum trains each by its own loss
+            for name, probe in probes.items():
+                logits = probe(rows[name][batch].to(device))  # (batch, classes)
+                loss = loss + F.cross_entropy(logits, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return probes.eval()
+
+
+@torch.no_grad()
+def accuracy(probe, rows, labels, device):
+    """Top-1 and top-5 accuracy of a probe on features (n, D) with labels (n,)."""
+    logits = torch.cat([probe(batch.to(device)).cpu() for batch in rows.split(8192)])
+    likeliest = logits.topk(min(5, logits.shape[1])).indices  # (n, 5), best first
+    right = (likeliest == labels[:, None]).float()
+    return right[:, 0].mean().item(), right.sum(1).mean().item()
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Linear probe of a tokenizer's first tokens.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("tokenizers", nargs="+", metavar="TOKENIZER", help="tokenizer files")
+    flag("--data", default=str(BUNDLED / "train"), help="training images, in class folders")
+    flag("--val_data",
+         help="held-out images; by default the folder val beside a --data named train")
+    flag("--tokens", type=whole(1),
+         help="how many of the first tokens are pooled; by default as many as the tokenizer has "
+         "prologue tokens, or where it has none, the most that another TOKENIZER has")
+
+    # Training of the probe
+    flag("--epochs", type=whole(1), default=30, help="MAE trains for 90")
+    flag("--batch_size", type=whole(2), default=512, help="images per step of the probe")
+    flag("--lr", type=real(0), default=0.1,
+         help="peak learning rate for a batch of 256, in proportion to --batch_size")
+    flag("--augment", action="store_true",
+         help="random resized crops and flips, as MAE: the features are computed anew in every "
+         "epoch, else once of centre crops")
+
+    # Machine
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+         help="auto is what torch finds")
+    flag("--num_workers", type=whole(0), default=min(8, os.cpu_count()),
+         help="threads that decode images")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    available = "cpu"
+    if torch.accelerator.is_available():
+        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
+    if args.device not in ("auto", "cpu", available):
+        raise InputError(f"--device {args.device}: torch finds only {available} here")
+    device = torch.device(available if args.device == "auto" else args.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
+
+    # Data
+    val_data = args.val_data or default_val(args.data)
+    if val_data is None:
+        raise InputError(f"there is no folder val beside {args.data}: give --val_data")
+    train_images = Images(args.data)
+    test_images = Images(val_data)
+    if test_images.classes != train_images.classes:
+        raise InputError(f"{val_data} has other classes than {args.data}")
+    if len(train_images) < 2:
+        raise InputError(f"{args.data} holds a single image: BatchNorm needs at least two")
+
+    # Tokenizers, and how many tokens of each are pooled
+    tokenizers = [Tokenizer.load(path).to(device) for path in args.tokenizers]
+    longest_prologue = max(tokenizer.cfg.num_prologue for tokenizer in tokenizers)
+    counts = []
+    for path, tokenizer in zip(args.tokenizers, tokenizers):
+        count = args.tokens or tokenizer.cfg.num_prologue or longest_prologue
+        if count == 0:
+            raise InputError(f"{path} has no prologue: --tokens says how many of its first tokens "
+                             "are pooled")
+        most = tokenizer.cfg.num_prologue or tokenizer.cfg.num_visual
+        if count > most:
+            raise InputError(f"{path} has only {most} of the {count} tokens that are to be pooled")
+        counts.append(count)
+
+    # A line for each tokenizer
+    for path, tokenizer, count in zip(args.tokenizers, tokenizers, counts):
+        probes = train(tokenizer, train_images, count, args, device)
+        rows = features(tokenizer, test_images, count, args.num_workers)
+        scores = []
+        for name, probe in probes.items():
+            top1, top5 = accuracy(probe, rows[name], test_images.labels, device)
+            scores.append(f"{name} top-1 {top1:.4f} top-5 {top5:.4f}")
+        print(f"{path} ({tokenizer.cfg.layout}, first {count} tokens): held-out accuracy  "
+              f"{'  '.join(scores)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
