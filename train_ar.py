@@ -412,6 +412,7 @@ def main():
         start_log(out / "train_ar.jsonl", start_step)
     ar.train()
     skipped = torch.zeros((), device=device)  # steps in a row
+    asked_to_stop = torch.zeros(1)
     clock = time.perf_counter()
     clock_step = start_step
     for step in range(start_step + 1, args.steps + 1):

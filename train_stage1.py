@@ -721,6 +721,7 @@ def main():
     stage1.train()
     zero = torch.zeros((), device=device)
     skipped = torch.zeros((), device=device)  # steps in a row
+    asked_to_stop = torch.zeros(1)
     clock = time.perf_counter()
     clock_step = start_step
     for step in steps:
@@ -809,7 +810,7 @@ def main():
             finite &= norm.isfinite()
             optimizer.found_inf = (~norm.isfinite()).float()
             optimizer.step()
-            terms[f"gradient_of_{name}"] = norm
+            terms[name.replace("optimizer", "grad_norm")] = norm
         skipped = torch.where(finite, zero, skipped + 1)
 
         # EMA; its half-life is at most a tenth of the steps so far

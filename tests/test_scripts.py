@@ -153,6 +153,7 @@ def test_resume_continues_exactly(tmp_path):
     for words in (("train_stage1.py", *data, *STAGE1), ("train_ar.py", *ar, *STAGE2)):
         assert "so this run begins at step 1" in run(*words, "--steps", 2, "--resume")
         assert "going on from step 2" in run(*words, "--steps", 4, "--resume")
+        run(*words, "--steps", 4, "--resume")  # there is nothing left to do
     keys = ("l1", "vq", "ce", "gan", "discriminator")
     unbroken = log(pipeline() / "train_stage1.jsonl", *keys)
     assert log(tmp_path / "train_stage1.jsonl", *keys) == unbroken
