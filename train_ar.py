@@ -274,7 +274,7 @@ def parse_args():
          help="share of images trained without their class")
 
     # Optimization
-    flag("--steps", type=whole(1), default=1600,
+    flag("--steps", type=whole(1), default=1300,
          help="of the whole run; the learning rate follows it")
     flag("--batch_size", type=whole(1), default=32, help="images per step, over all ranks together")
     flag("--micro_batch_size", type=whole(1),
@@ -284,7 +284,7 @@ def parse_args():
     flag("--lr", type=real(0), default=1e-3, help="learning rate after the warmup")
     flag("--min_lr", type=real(0), default=1e-5, help="learning rate at the last step")
     flag("--warmup", type=whole(0), default=50, help="steps of linear warmup")
-    flag("--hold", type=whole(0), default=400, help="steps at --lr before the linear decay")
+    flag("--hold", type=whole(0), default=300, help="steps at --lr before the linear decay")
     flag("--beta2", type=real(0, 0.9999), default=0.96, help="of AdamW; beta1 is 0.9")
     flag("--weight_decay", type=real(0), default=0.03, help="on matrices only")
     flag("--grad_clip", type=real(0), default=1.0, help="largest gradient norm; 0 is off")

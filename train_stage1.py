@@ -530,7 +530,7 @@ def parse_args():
     flag("--r1_every", type=whole(1), default=25, help="steps between R1 penalties")
 
     # Optimization
-    flag("--steps", type=whole(1), default=2000,
+    flag("--steps", type=whole(1), default=1600,
          help="of the whole run; the learning rate follows it")
     flag("--batch_size", type=whole(1), default=32, help="images per step, over all ranks together")
     flag("--micro_batch_size", type=whole(1),
@@ -540,7 +540,7 @@ def parse_args():
     flag("--lr", type=real(0), default=5e-4, help="learning rate after the warmup")
     flag("--min_lr", type=real(0), default=5e-5, help="learning rate at the last step")
     flag("--warmup", type=whole(0), default=50, help="steps of linear warmup")
-    flag("--hold", type=whole(0), default=1000, help="steps at --lr before the linear decay")
+    flag("--hold", type=whole(0), default=800, help="steps at --lr before the linear decay")
     flag("--ema_half_life", type=real(1e-3), default=1000,
          help="steps; at most a tenth of the steps so far")
     flag("--seed", type=whole(0), default=0, help="of everything random")
@@ -549,10 +549,10 @@ def parse_args():
     flag("--out", default="out", help="folder for everything that is written")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
     flag("--log_every", type=whole(1), default=50, help="steps between lines of the log")
-    flag("--eval_every", type=whole(1), default=500,
+    flag("--eval_every", type=whole(1), default=400,
          help="steps between held-out measures and pictures")
     flag("--eval_images", type=whole(1), default=1000, help="held-out images for the measures")
-    flag("--save_every", type=whole(1), default=500, help="steps between saved states")
+    flag("--save_every", type=whole(1), default=400, help="steps between saved states")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
          help="auto is what torch finds")
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
