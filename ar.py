@@ -203,7 +203,7 @@ class AR(nn.Module):
     @torch.no_grad()
     def generate(self, labels, cfg_prologue=1.0, cfg_visual=1.0, cfg_schedule="cosine",
                  cfg_power=1.0, temperature=1.0, temperature_prologue=None, top_k=0, top_p=1.0,
-                 prologue=None, noise=None, generator=None):
+                 prologue=None, visual=None, noise=None, generator=None):
         """Samples codes (B, K+N) for labels (B,). The model must be in eval mode.
 
         cfg_prologue, cfg_visual: scale of the classifier-free guidance (CFG) of each token group,
@@ -211,6 +211,7 @@ class AR(nn.Module):
         temperature: of the visual tokens, and of the prologue unless temperature_prologue is given.
         top_k, top_p: see sample_codes.
         prologue: (B, K), codes to keep instead of drawing them.
+        visual: (B, n) with n < N, visual codes that the image begins with; the rest is drawn.
         noise: (B, K+N) uniform in [0, 1), which decides every draw; else it comes from `generator`.
         """
         if self.training:
@@ -235,18 +236,24 @@ class AR(nn.Module):
             # EOS is never drawn: it goes in together with the prologue, all K+1 at once.
             eos = prologue.new_full((len(labels), 1), self.eos)
             prefix = torch.cat([prologue + v, eos], 1)  # (B, K+1)
+        if visual is None:
+            visual = prefix[:, :0]  # (B, 0)
+        visual = visual.to(labels.device)
+        kept = visual.shape[1]
+        prefix = torch.cat([prefix, visual], 1)  # (B, K+1+n)
         # Progress along the visual tokens; with a prologue EOS is its 0, else the first token.
         if k > 0:
             progress = [(i + 1) / (n + 1) for i in range(n)]
         else:
             progress = [i / n for i in range(n)]
-        scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress]
-        visual = self.draw_tokens(labels, prefix, rows=slice(0, v), scales=scales,
-                                  noise=noise[:, k:], temperature=temperature, top_k=top_k,
-                                  top_p=top_p)
-        if k == 0:
-            return visual
-        return torch.cat([prologue, visual], 1)
+        scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress[kept:]]
+        rest = self.draw_tokens(labels, prefix, rows=slice(0, v), scales=scales,
+                                noise=noise[:, k + kept :], temperature=temperature, top_k=top_k,
+                                top_p=top_p)
+        codes = torch.cat([visual, rest], 1)  # (B, N)
+        if k > 0:
+            codes = torch.cat([prologue, codes], 1)  # (B, K+N)
+        return codes
 
     def save(self, path):
         save_checkpoint(path, "ar", self.state_dict(), asdict(self.cfg))

@@ -111,14 +111,8 @@ class Images:
     def open(self, index):
         """A PIL image in RGB, whatever the file's mode or extension. Raises InputError."""
         name = self.root + self.names[index]
-        try:
-            with Image.open(io.BytesIO(self.read(name))) as image:
-                if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return image.convert("RGB")
-        except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
-            place = f"{name} in {self.archive}" if self.archive else name
-            raise InputError(f"{place} cannot be read as an image: {error}") from None
+        place = f"{name} in {self.archive}" if self.archive else name
+        return open_image(place, lambda: self.read(name))
 
     def digest(self, contents=False):
         """A short hash of the names; with `contents` also of what changes when an image is replaced
@@ -132,6 +126,17 @@ class Images:
                 stat = os.stat(self.root + name)
                 sha.update(b"%d %d " % (stat.st_size, stat.st_mtime_ns))
         return sha.hexdigest()[:16]
+
+
+def open_image(name, read):
+    """A PIL image in RGB of the bytes that read() returns. Raises InputError with the name."""
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
+        raise InputError(f"{name} cannot be read as an image: {error}") from None
 
 
 def list_files(folder):

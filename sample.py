@@ -2,6 +2,7 @@
 
     python sample.py                                        # the pair in out/, else the shipped one
     python sample.py --classes bag sneaker --cfg_visual 3    # chosen classes, by name or number
+    python sample.py --image shoe.png --class sneaker        # variations of a picture of one's own
     python tools/released.py prologue-l-xl --out l_xl && python sample.py --out l_xl
     torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --out l_xl
 
@@ -29,8 +30,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ar import AR, SCHEDULES, check_pair
-from pretokenize import (BUNDLED, PART_SIZE, Images, center_crop, join_parts, part_file,
-                         parts_folder, save_grid)
+from pretokenize import (BUNDLED, PART_SIZE, Images, center_crop, join_parts, open_image,
+                         part_file, parts_folder, save_grid)
 from tokenizer import (InputError, Tokenizer, attention_backend, real, to_float, to_uint8, whole,
                        writing)
 
@@ -102,9 +103,9 @@ def noise_of(seed, numbers, length):
     return torch.from_numpy(np.stack(rows))
 
 
-def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None):
+def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None, visual=None):
     """Codes (n, K+N) of images with labels (n,) and numbers (n,), `batch_size` at a time; settings
-    are keyword arguments of AR.generate, prologue (n, K) is kept where given."""
+    are keyword arguments of AR.generate, prologue (n, K) and visual (n, m) are kept where given."""
     device = ar.head.weight.device
     length = ar.cfg.num_prologue + ar.cfg.num_visual
     numbers = torch.as_tensor(numbers)
@@ -113,8 +114,13 @@ def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None):
         wanted = len(batch)
         if ar.compiled_step:  # for one batch size: a short batch is padded with its last image
             batch = torch.cat([batch, batch[-1:].expand(batch_size - wanted)])
-        drawn = ar.generate(labels[batch].to(device), noise=noise_of(seed, numbers[batch], length),
-                            prologue=None if prologue is None else prologue[batch], **settings)
+        given = {}
+        if prologue is not None:
+            given["prologue"] = prologue[batch]
+        if visual is not None:
+            given["visual"] = visual[batch]
+        noise = noise_of(seed, numbers[batch], length)
+        drawn = ar.generate(labels[batch].to(device), noise=noise, **given, **settings)
         codes.append(drawn[:wanted])
     return torch.cat(codes)
 
@@ -215,6 +221,39 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
         print(f"{out / 'reconstructions.png'}: originals above their reconstructions", flush=True)
 
 
+def save_variations(tokenizer, ar, args, settings, batch_size):
+    """variations.png: a row for each picture of --image, with itself, its reconstruction and images
+    drawn under its prologue and behind the upper part of it that --keep says; then a row of images
+    of the same class with prologues of their own."""
+    k = ar.cfg.num_prologue
+    grid = tokenizer.cfg.grid
+    columns = args.columns
+    kept = int(args.keep * grid) * grid  # visual codes, those of whole rows
+    if k == 0 and kept == 0:
+        raise InputError("--image needs a model with a prologue, or --keep")
+    label = ar.cfg.num_classes  # unconditional
+    if args.classes:
+        label = class_numbers(args.classes, ar)[0]
+    labels = torch.full((columns,), label)
+    drawing = dict(seed=args.seed, batch_size=batch_size, settings=settings)
+    rows = []
+    for i, file in enumerate(args.image):
+        picture = center_crop(open_image(file, Path(file).read_bytes), tokenizer.cfg.image_size)
+        x = to_float(torch.tensor(picture).permute(2, 0, 1)[None]).to(ar.head.weight.device)
+        codes = tokenizer.encode(x).expand(columns, -1)  # (columns, K+N)
+        prologue = codes[:, :k] if k > 0 else None
+        varied = draw(ar, labels, range(i * columns, (i + 1) * columns), prologue=prologue,
+                      visual=codes[:, k : k + kept], **drawing)
+        images = decode(tokenizer, torch.cat([codes[:1], varied]), batch_size)
+        rows.append(torch.cat([to_uint8(x), images]))
+    others = draw(ar, labels, range(1000, 1000 + columns), **drawing)
+    rows.append(decode(tokenizer, others, batch_size))
+    path = Path(args.out) / "variations.png"
+    save_grid(path, rows)
+    print(f"{path}: in each row a picture, its reconstruction and {columns} variations; in the last "
+          "images of other prologues")
+
+
 def fingerprint(ar):
     """A short hash of the AR model's weights."""
     sha = hashlib.sha256()
@@ -240,6 +279,11 @@ def parse_args():
     flag("--columns", type=whole(1), default=10, help="images per row of a grid")
     flag("--sheet", type=whole(0), default=0, metavar="N",
          help="also draw a sheet of N x N images of --classes, or of random ones; 0 is none")
+    flag("--image", nargs="+", metavar="FILE",
+         help="only draw variations of these pictures under their prologues, as images of the "
+         "first of --classes, or else of no class")
+    flag("--keep", type=real(0, 0.99), default=0.0, metavar="SHARE",
+         help="share of the picture's rows, from the top, that --image keeps as well")
     flag("--data", help="images of the reconstruction grid; by default the bundled ones for a "
          "28 x 28 tokenizer, else none")
     flag("--seed", type=whole(0), default=0, help="of the noise")
@@ -327,14 +371,16 @@ def main():
     if rank == 0:
         print(f"{paths[0]} and {paths[1]}, preset {preset}", flush=True)
 
-    # Grids
+    # Grids, or variations of given pictures
     with autocast:
-        if rank == 0:
+        if rank == 0 and args.image:
+            save_variations(tokenizer, ar, args, settings, batch_size)
+        elif rank == 0:
             save_grids(tokenizer, ar, args, settings, batch_size)
 
     # Many images, each class equally often, in parts: each rank writes whole files of its own and
     # skips what an earlier run has written
-    if args.num > 0:
+    if args.num > 0 and not args.image:
         labels = torch.arange(args.num) % ar.cfg.num_classes
         how = dict(num=args.num, seed=args.seed, dtype=args.dtype, tokenizer=str(paths[0]),
                    ar=str(paths[1]),

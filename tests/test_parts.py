@@ -214,6 +214,23 @@ def test_generate_keeps_a_fixed_prologue_and_stays_inside_the_codebooks():
 
 
 @pytest.mark.parametrize("layout", ["prologue", "2d"])
+def test_generate_goes_on_behind_given_visual_codes(layout):
+    """What would have been drawn, given beforehand, changes nothing after it; other codes do."""
+    _, ar, _ = models(layout)
+    k = ar.cfg.num_prologue
+    labels = torch.arange(5)
+    noise = torch.rand(5, k + 16, generator=torch.Generator().manual_seed(0))
+    settings = dict(cfg_prologue=0.7, cfg_visual=3.0, noise=noise)
+    codes = ar.generate(labels, **settings)
+    again = ar.generate(labels, visual=codes[:, k : k + 5], **settings)
+    assert torch.equal(again, codes)
+    other = (codes[:, k : k + 5] + 1) % 40
+    changed = ar.generate(labels, visual=other, **settings)
+    assert torch.equal(changed[:, k : k + 5], other)
+    assert not torch.equal(changed[:, k + 5 :], codes[:, k + 5 :])
+
+
+@pytest.mark.parametrize("layout", ["prologue", "2d"])
 def test_compiled_and_packed_models_draw_the_same(monkeypatch, layout):
     """Compiled in one graph, but by a backend that needs no C++ compiler."""
     real = torch.compile

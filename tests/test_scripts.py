@@ -133,6 +133,21 @@ def test_pipeline_leaves_what_it_says():
     assert len(held_out) == 1
 
 
+def test_variations_of_a_picture(tmp_path):
+    """A row for the picture: itself, its reconstruction, two images that keep its upper half; and
+    a last row without it."""
+    out = pipeline()
+    Image.new("L", (50, 40), 128).save(tmp_path / "grey.bmp")
+    words = ["sample.py", "--tokenizer", out / "tokenizer.safetensors", "--ar", out / "ar.safetensors",
+             "--columns", 2, "--out", tmp_path / "out", "--image"]
+    run(*words, tmp_path / "grey.bmp", "--class", "dog", "--keep", 0.5)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["variations.png"]
+    assert Image.open(tmp_path / "out" / "variations.png").size == (4 * 58 + 2, 2 * 58 + 2)
+    code, text = script(*words, out / "train_ar.jsonl")
+    assert code == 1
+    assert "train_ar.jsonl cannot be read as an image" in text
+
+
 def test_samples_and_tokens_depend_on_no_batch_size_nor_ranks(tmp_path):
     out = pipeline()
     pair = ["--tokenizer", out / "tokenizer.safetensors", "--ar", out / "ar.safetensors"]
