@@ -246,12 +246,13 @@ def save_variations(tokenizer, ar, args, settings, batch_size):
                       visual=codes[:, k : k + kept], **drawing)
         images = decode(tokenizer, torch.cat([codes[:1], varied]), batch_size)
         rows.append(torch.cat([to_uint8(x), images]))
-    others = draw(ar, labels, range(1000, 1000 + columns), **drawing)
+    labels = torch.full((columns + 2,), label)  # as many as the other rows have
+    others = draw(ar, labels, range(1000, 1000 + len(labels)), **drawing)
     rows.append(decode(tokenizer, others, batch_size))
     path = Path(args.out) / "variations.png"
     save_grid(path, rows)
-    print(f"{path}: in each row a picture, its reconstruction and {columns} variations; in the last "
-          "images of other prologues")
+    print(f"{path}: in each row a picture, its reconstruction and {columns} variations; in the "
+          "last row images of other prologues")
 
 
 def fingerprint(ar):

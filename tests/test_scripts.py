@@ -138,8 +138,8 @@ def test_variations_of_a_picture(tmp_path):
     a last row without it."""
     out = pipeline()
     Image.new("L", (50, 40), 128).save(tmp_path / "grey.bmp")
-    words = ["sample.py", "--tokenizer", out / "tokenizer.safetensors", "--ar", out / "ar.safetensors",
-             "--columns", 2, "--out", tmp_path / "out", "--image"]
+    pair = ["--tokenizer", out / "tokenizer.safetensors", "--ar", out / "ar.safetensors"]
+    words = ["sample.py", *pair, "--columns", 2, "--out", tmp_path / "out", "--image"]
     run(*words, tmp_path / "grey.bmp", "--class", "dog", "--keep", 0.5)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["variations.png"]
     assert Image.open(tmp_path / "out" / "variations.png").size == (4 * 58 + 2, 2 * 58 + 2)
