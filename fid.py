@@ -22,6 +22,7 @@ import io
 import json
 import math
 import os
+import random
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 DATA = Path(__file__).parent / "data" / "fashion_mnist.zip"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".webp")
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
@@ -146,10 +147,13 @@ class ImageSource:
             if crop and self.size != (crop, crop):
                 raise InputError(f"{path} holds images of size {self.size}, not {crop} x {crop}")
             return
-        names = sorted(self.list_files())
-        self.names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        names = [name for name in self.list_files() if not name.startswith("__MACOSX")]
+        self.names = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
         if not self.names:
             raise InputError(f"{path} holds no images")
+        # Class folders in order would put few classes into each split of the Inception Score, and
+        # into the first images, which serve precision and recall.
+        random.Random(0).shuffle(self.names)
         self.size = self.read_file(self.names[0]).shape[:2]
 
     def list_files(self):

@@ -2,7 +2,7 @@
 
     python sample.py                                        # the pair in out/, else the shipped one
     python sample.py --classes bag sneaker --cfg_visual 3    # chosen classes, by name or number
-    python sample.py --image shoe.png --class sneaker        # variations of a picture of one's own
+    python sample.py --image shoe.png --classes sneaker      # variations of a picture of one's own
     python tools/released.py prologue-l-xl --out l_xl && python sample.py --out l_xl
     torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --out l_xl
 
@@ -11,7 +11,7 @@ nothing but the rounding, and a run that was stopped goes on where it was. In --
 samples.png (a row for each class), fixed_prologue.png (each row one prologue, its visual tokens
 drawn anew; the last row has prologues of its own), reconstructions.png, samples.npz (arr_0 uint8
 (N, H, W, 3), arr_1 labels), samples.json, which says how they were drawn, and with --sheet N also
-sheet.png, N x N images.
+sheet.png, N x N images. With --image it leaves variations.png alone.
 """
 
 import argparse
@@ -130,6 +130,14 @@ def decode(tokenizer, codes, batch_size):
     return torch.cat([to_uint8(tokenizer.decode(batch)) for batch in codes.split(batch_size)])
 
 
+def cast_linears(ar, dtype):
+    """Casts an AR model that only samples, once and not in every step; norms, embeddings and head
+    stay in fp32. Sampling then goes under autocast."""
+    for module in ar.transformer.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(dtype)
+
+
 def pack_for_cpu(ar):
     """Lets an AR model that only samples, in fp32 on an x86 CPU, read its weights in oneDNN's own
     order: for large layers and the few rows of a step that is two to three times as fast."""
@@ -228,9 +236,11 @@ def save_variations(tokenizer, ar, args, settings, batch_size):
     k = ar.cfg.num_prologue
     grid = tokenizer.cfg.grid
     columns = args.columns
-    kept = int(args.keep * grid) * grid  # visual codes, those of whole rows
+    kept = min(round(args.keep * grid), grid - 1) * grid  # visual codes, those of whole rows
+    if kept > 0 and tokenizer.cfg.layout == "1d":
+        raise InputError("--keep needs visual tokens that are patches, layout 1d has none")
     if k == 0 and kept == 0:
-        raise InputError("--image needs a model with a prologue, or --keep")
+        raise InputError("--image needs a model with a prologue, or --keep at least a row")
     label = ar.cfg.num_classes  # unconditional
     if args.classes:
         label = class_numbers(args.classes, ar)[0]
@@ -252,7 +262,7 @@ def save_variations(tokenizer, ar, args, settings, batch_size):
     path = Path(args.out) / "variations.png"
     save_grid(path, rows)
     print(f"{path}: in each row a picture, its reconstruction and {columns} variations; in the "
-          "last row images of other prologues")
+          "last row images each with its own prologue")
 
 
 def fingerprint(ar):
@@ -314,7 +324,10 @@ def parse_args():
          help="of the networks, fp32 on CUDA with TF32 products; bf16 keeps head and "
          "guidance in fp32")
     flag("--compile", action="store_true", help="torch.compile decoder and single-token step")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.keep > 0 and not args.image:
+        parser.error("--keep goes with --image")
+    return args
 
 
 @torch.no_grad()
@@ -351,9 +364,7 @@ def main():
     # Models
     tokenizer, ar, paths = load_pair(args, device)
     if args.dtype == "bf16":
-        for module in ar.transformer.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.to(dtype)  # once, not in every step
+        cast_linears(ar, dtype)
     if args.compile:
         for block in tokenizer.decoder.transformer.blocks:
             block.compile(dynamic=False)

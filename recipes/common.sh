@@ -13,12 +13,12 @@ DATA=${DATA:-imagenet.zip/ILSVRC/Data/CLS-LOC}
 LAUNCH=${LAUNCH:-torchrun --nproc_per_node 8}
 RUNS=${RUNS:-runs}
 
-# A trainer that is told to stop saves and ends well: what would follow it must not begin.
+# A trainer told to stop saves and exits with 0; without this the recipe's next command would start.
 trap "exit 1" INT TERM
 
 # tokens NAME: the ten-crop tokens of the tokenizer in $RUNS/NAME, unless they are there already
 tokens() {
-    if [ ! -f "$RUNS/$1/codes.npz" ]; then
+    if [ "$RUNS/$1/tokenizer.safetensors" -nt "$RUNS/$1/codes_val.npz" ]; then
         $LAUNCH pretokenize.py --data "$DATA/train" --crops ten --batch_size 2560 --out "$RUNS/$1"
     fi
 }

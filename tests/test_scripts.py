@@ -140,7 +140,7 @@ def test_variations_of_a_picture(tmp_path):
     Image.new("L", (50, 40), 128).save(tmp_path / "grey.bmp")
     pair = ["--tokenizer", out / "tokenizer.safetensors", "--ar", out / "ar.safetensors"]
     words = ["sample.py", *pair, "--columns", 2, "--out", tmp_path / "out", "--image"]
-    run(*words, tmp_path / "grey.bmp", "--class", "dog", "--keep", 0.5)
+    run(*words, tmp_path / "grey.bmp", "--classes", "dog", "--keep", 0.5)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["variations.png"]
     assert Image.open(tmp_path / "out" / "variations.png").size == (4 * 58 + 2, 2 * 58 + 2)
     code, text = script(*words, out / "train_ar.jsonl")
@@ -287,10 +287,9 @@ def test_a_run_that_is_killed_three_times_ends_with_the_same_weights(tmp_path, n
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "killed" / path.name).read_bytes(), path.name
     logs = [tmp_path / out / name.replace(".py", ".jsonl") for out in ("whole", "killed")]
-    key = "ce"
-    assert log(logs[0], "step", key)[0] and log(logs[0], key) == log(logs[1], key)
-    held_out = "val_nats_visual"
-    assert log(logs[0], held_out) == log(logs[1], held_out)
+    for key, lines in (("ce", 12), ("val_nats_visual", 4)):
+        assert len(log(logs[0], key)) == lines
+        assert log(logs[0], key) == log(logs[1], key)
 
 
 # Going on
@@ -319,11 +318,11 @@ def test_killed_runs_go_on_from_whole_parts(tmp_path, name):
         first = list((tmp_path / "killed").glob(f".{file}.*.parts/000000.npy"))
     process.kill()
     process.wait()
-    written = first[0].stat().st_mtime_ns
+    assert first
     other = (tmp_path / "killed").glob(f".{file}.*.parts/*")
     assert len(list(other)) < 3
     text = run(*words, "--out", tmp_path / "killed")
-    assert written and "700/700" not in text  # it counts what was left to do
+    assert "700/700" not in text  # it counts what was left to do
     a = np.load(tmp_path / "whole" / file)[array]
     b = np.load(tmp_path / "killed" / file)[array]
     assert np.array_equal(a, b)
@@ -424,7 +423,7 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(tmp_path):
         assert sentence in text, (sentence, text)
         assert code in (1, 2), (code, text)
         assert "Traceback" not in text, text
-        assert len(text.split("error: ")[-1].strip().splitlines()) <= 4, text
+        assert len(text.split("error: ")[-1].strip().splitlines()) <= 5, text
     written = [p for p in (tmp_path / "out").rglob("*") if p.suffix != ".jsonl"]
     assert not written, written
     assert [p.name for p in (tmp_path / "made" / "state").iterdir()] == ["train_stage1.pt"]
@@ -432,7 +431,7 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["train_stage1.py", "pretokenize.py", "sample.py"])
 def test_a_full_disk_gets_a_sentence_and_spoils_nothing(tmp_path, name):
-    """No file may grow beyond 20 kB, as if there were no more room."""
+    """No file may grow beyond 2 kB, as if there were no more room."""
     out = tmp_path / "out"
     out.mkdir()
     for file in ("tokenizer.safetensors", "ar.safetensors"):
@@ -443,7 +442,7 @@ def test_a_full_disk_gets_a_sentence_and_spoils_nothing(tmp_path, name):
         words += ["--steps", 1, *STAGE1]
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))
 
     result = subprocess.run(command(name, *words), capture_output=True, text=True, timeout=60,
                             preexec_fn=limit, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 import ar as ar_file
 from ar import AR, ARConfig
 from pretokenize import Images
-from sample import pack_for_cpu
+from sample import cast_linears, pack_for_cpu
 from tokenizer import SIZES, InputError, Tokenizer, TokenizerConfig, attention, whole
 from train_stage1 import Discriminator, Stage1, training_view
 
@@ -246,7 +246,7 @@ def make_ar(args):
     dtype = torch.float32
     if args.device == "cuda":
         dtype = torch.bfloat16
-        ar.transformer.to(dtype)
+        cast_linears(ar, dtype)
     return ar, dtype
 
 

@@ -114,12 +114,14 @@ def write_data(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             random_image(rng, 80, 70).save(path)
     write_released(folder / "ckpts")
+    (folder / "results").mkdir()
+    shutil.copy(ROOT / "results" / "shoe.png", folder / "results")
 
     # A finished run, ADM's reference and ADM's samples
-    (folder / "out_b").mkdir()
+    (folder / "l_xl").mkdir()
     for name in ("tokenizer.safetensors", "ar.safetensors"):
-        shutil.copy(ROOT / "checkpoints" / "fashion_mnist" / name, folder / "out_b")
-    for name in ("out_b/samples.npz", "VIRTUAL_imagenet256_labeled.npz",
+        shutil.copy(ROOT / "checkpoints" / "fashion_mnist" / name, folder / "l_xl")
+    for name in ("l_xl/samples.npz", "VIRTUAL_imagenet256_labeled.npz",
                  "admnet_guided_upsampled_imagenet256.npz"):
         np.savez(folder / name, arr_0=rng.integers(0, 255, (40, 28, 28, 3), np.uint8))
 

@@ -2,8 +2,9 @@
 prologue tokens, or off the first K of its visual tokens where it has no prologue.
 
     python tools/probe.py out/tokenizer.safetensors out_2d/tokenizer.safetensors
-    python tools/probe.py l_xl/tokenizer.safetensors 2d_l/tokenizer.safetensors --augment \\
-        --epochs 90 --data imagenet.zip/ILSVRC/Data/CLS-LOC/train
+    python tools/probe.py runs/prologue_l/tokenizer.safetensors \\
+        runs/tokenizer_2d_l/tokenizer.safetensors --augment --epochs 90 \\
+        --data imagenet.zip/ILSVRC/Data/CLS-LOC/train
 
 The tokens are mean-pooled. Two kinds of features: the encoder's hidden states, as in the paper, and
 the code vectors that they are quantized to, which is all that the AR model ever sees.

@@ -1,8 +1,8 @@
 """Import the authors' released weights: one of their ten pairs becomes our two files.
 
-    python tools/released.py prologue-l-xl --out l-xl                 # downloads three files
-    python tools/released.py prologue-l-xl --from ckpts --out l-xl    # or takes them from a folder
-    python sample.py --out l-xl
+    python tools/released.py prologue-l-xl --out l_xl                 # downloads three files
+    python tools/released.py prologue-l-xl --from ckpts --out l_xl    # or takes them from a folder
+    python sample.py --out l_xl
 
 The released transformers are adaptive. A condition c sets the weight of every norm (AdaLN) and a
 gate behind every attention and every MLP, each by a linear layer of its own:

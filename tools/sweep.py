@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fid
 from ar import SCHEDULES
 from pretokenize import BUNDLED
-from sample import PRESETS, decode, draw, load_pair, pack_for_cpu, preset_settings
+from sample import (PRESETS, cast_linears, decode, draw, load_pair, pack_for_cpu,
+                    preset_settings)
 from tokenizer import InputError, real, whole, writing
 
 
@@ -193,7 +194,7 @@ def main():
     # Models and settings
     tokenizer, ar, paths = load_pair(args, device)
     if args.dtype == "bf16":
-        ar.transformer.to(torch.bfloat16)  # cast once, not in every step
+        cast_linears(ar, torch.bfloat16)
     elif device.type == "cpu":
         pack_for_cpu(ar)
     preset = args.preset or ar.cfg.preset or "tiny"

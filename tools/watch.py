@@ -34,7 +34,7 @@ from sweep import Samples
 import fid
 from ar import AR, check_pair
 from pretokenize import BUNDLED, Images, center_crop, default_val
-from sample import PRESETS, pack_for_cpu, preset_settings
+from sample import PRESETS, cast_linears, pack_for_cpu, preset_settings
 from tokenizer import InputError, Tokenizer, real, whole, writing
 
 
@@ -119,7 +119,7 @@ def measure_tokenizer(tokenizer, originals, network, device, batch_size):
 def measure_ar(tokenizer, ar, args, network, reference, device, autocast):
     """gFID and Inception Score with guidance, and without under names that end in _no_cfg."""
     if args.dtype == "bf16":
-        ar.transformer.to(torch.bfloat16)
+        cast_linears(ar, torch.bfloat16)
     elif device.type == "cpu":
         pack_for_cpu(ar)
     entry = {}
