@@ -36,7 +36,7 @@ try:
 except ModuleNotFoundError:
     pass
 except Exception as error:  # built for another torch, it fails with "undefined symbol"
-    flash_attn_problem = str(error).splitlines()[0]
+    flash_attn_problem = str(error).partition("\n")[0]
 
 
 # Attention

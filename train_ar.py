@@ -207,7 +207,7 @@ def load_state(path, fixed, args, rank, world_size):
         before = state["fixed"]
         args_before = state["args"]
     except Exception as error:  # of pickle, zipfile or torch
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
     for name, value in fixed.items():
         if before.get(name) != value:

@@ -91,7 +91,7 @@ def pipeline():
 def stage2_folder(path):
     """A new folder with what train_ar.py starts from."""
     path.mkdir()
-    for name in ("codes.npz", "tokenizer.safetensors"):
+    for name in ("codes.npz", "codes_val.npz", "tokenizer.safetensors"):
         (path / name).write_bytes((pipeline() / name).read_bytes())
     return path
 
