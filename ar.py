@@ -241,11 +241,7 @@ class AR(nn.Module):
         visual = visual.to(labels.device)
         kept = visual.shape[1]
         prefix = torch.cat([prefix, visual], 1)  # (B, K+1+n)
-        # Progress along the visual tokens; with a prologue EOS is its 0, else the first token.
-        if k > 0:
-            progress = [(i + 1) / (n + 1) for i in range(n)]
-        else:
-            progress = [i / n for i in range(n)]
+        progress = visual_progress(k, n)
         scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress[kept:]]
         rest = self.draw_tokens(labels, prefix, rows=slice(0, v), scales=scales,
                                 noise=noise[:, k + kept :], temperature=temperature, top_k=top_k,
@@ -320,6 +316,14 @@ def guidance(scale, schedule, power, t):
     else:
         ramp = (1 - math.cos(math.pi * t**power)) / 2
     return 1 + (scale - 1) * ramp
+
+
+def visual_progress(k, n):
+    """Progress t of each of n visual tokens, for `guidance`. Behind a prologue (k > 0) EOS is at 0,
+    without one the first visual token."""
+    if k > 0:
+        return [(i + 1) / (n + 1) for i in range(n)]
+    return [i / n for i in range(n)]
 
 
 def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):

@@ -632,7 +632,8 @@ def parse_args():
     flag = parser.add_argument
     flag("samples", nargs="?", help="npz, folder or zip of images, else samples.npz in --out")
     flag("reference", nargs="?", default=str(DATA / "train"), help="npz, folder or zip of images")
-    flag("--tokenizer", metavar="FILE", help="score its reconstructions of --data instead")
+    flag("--tokenizer", metavar="FILE", help="score its reconstructions of --data instead: rFID, "
+         "and PSNR as the mean over images of that of their uint8 pixels")
     flag("--data", default=str(DATA / "val"), help="images to reconstruct with --tokenizer")
     flag("--ssim", action="store_true", help="with --tokenizer: add SSIM")
     flag("--lpips", action="store_true", help="with --tokenizer: add LPIPS (VGG16)")
