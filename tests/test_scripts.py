@@ -6,11 +6,13 @@
 import functools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -290,6 +292,37 @@ def test_a_run_that_is_killed_three_times_ends_with_the_same_weights(tmp_path, n
     for key, lines in (("ce", 12), ("val_nats_visual", 4)):
         assert len(log(logs[0], key)) == lines
         assert log(logs[0], key) == log(logs[1], key)
+
+
+def test_the_changes_that_the_readme_shows(tmp_path):
+    """Takes FSQ, the hinge loss and the AR size out of README.md, makes the changes and trains."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", readme, re.S)]
+    fsq = next(block for block in blocks if block.startswith("class VisualQuantizer"))
+    hinge = next(block for block in blocks if "F.relu" in block)
+    size = re.search(r'`("mine": dict\(.*?\),)`', readme).group(1)
+    changed = {name: (ROOT / name).read_text() for name in ("tokenizer.py", "ar.py",
+                                                            "train_stage1.py", "pretokenize.py")}
+    start = changed["tokenizer.py"].index("class VisualQuantizer")
+    end = changed["tokenizer.py"].index("def prob_ste")
+    old = changed["tokenizer.py"][start:end]
+    changed["tokenizer.py"] = changed["tokenizer.py"].replace(old, f"{fsq}\n\n")
+    changed["ar.py"] = changed["ar.py"].replace("SIZES = {\n", f"SIZES = {{\n    {size}\n")
+    for line in hinge.strip().splitlines():
+        name = line.split(" = ")[0].strip()
+        old = re.search(rf"^ *{name} = F\..*$", changed["train_stage1.py"], re.M).group(0)
+        indent = " " * (len(old) - len(old.lstrip()))
+        new = indent + line.strip()
+        changed["train_stage1.py"] = changed["train_stage1.py"].replace(old, new)
+    for name, text in changed.items():
+        assert text != (ROOT / name).read_text() or name == "pretokenize.py"
+        (tmp_path / name).write_text(text)
+    data = ["--data", folder() / "train", "--out", tmp_path / "out"]
+    run(tmp_path / "train_stage1.py", *data, "--steps", 4, *STAGE1, "--codebook_size", 256,
+        "--code_dim", 4, "--ar_size", "mine")
+    run(tmp_path / "pretokenize.py", *data)
+    with np.load(tmp_path / "out" / "codes.npz") as file:
+        assert file["codes"][..., 8:].max() < 256
 
 
 # Going on
