@@ -407,35 +407,38 @@ def save_state(path, step, fixed, args, modules, optimizers):
         torch.save(state, temporary)
 
 
-def load_state(path, fixed, args, rank, world_size):
-    """The state at `path`, or None where there is none. Raises InputError if it belongs to another
-    run: `fixed` must be equal, other flags may have changed and are named."""
+def load_state(path, fixed, args, parts, rank, world_size):
+    """Loads the state at `path` into parts {name: module or optimizer} and returns its step, or 0
+    if there is none. Raises InputError if it belongs to another run: `fixed` must be equal, other
+    flags may have changed and are named."""
     found = torch.tensor([float(path.exists())])
     if world_size > 1:
         dist.all_reduce(found)
     if found == 0:
         if rank == 0:
             print(f"--resume: there is no {path}, so this run begins at step 1")
-        return None
+        return 0
     if found < world_size:
         raise InputError(f"not all ranks see {path}: --out must be on a disk that they share")
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        before = state["fixed"]
+        for name, value in fixed.items():
+            if state["fixed"].get(name) != value:
+                raise InputError(f"--resume: {path} was made with {name} "
+                                 f"{state['fixed'].get(name)}, this run has {value}")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        step = state["step"]
         args_before = state["args"]
     except Exception as error:  # of pickle, zipfile or torch
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
-    for name, value in fixed.items():
-        if before.get(name) != value:
-            raise InputError(f"--resume: {path} was made with {name} {before.get(name)}, this run "
-                             f"has {value}")
     if rank == 0:
-        print(f"going on from step {state['step']}")
+        print(f"going on from step {step}")
         for name, value in args.items():
             if name in args_before and args_before[name] != value and name != "resume":
                 print(f"note: --{name} was {args_before[name]} and is now {value}")
-    return state
+    return step
 
 
 def start_log(path, step):
@@ -676,12 +679,8 @@ def main():
     )
     start_step = 0
     if args.resume:
-        state = load_state(out / "train_stage1.pt", fixed, vars(args), rank, world_size)
-        if state is not None:
-            start_step = state["step"]
-            for name, part in (modules | optimizers).items():
-                part.load_state_dict(state[name])
-        del state  # it may be gigabytes
+        start_step = load_state(out / "train_stage1.pt", fixed, vars(args), modules | optimizers,
+                                rank, world_size)
 
     # Compilation and ranks. Block by block, so that equal blocks are compiled once.
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)

@@ -396,6 +396,10 @@ def bad_inputs(tmp_path):
     np.savez(made / "unlabelled.npz", codes=val["codes"])
     (made / "state").mkdir()
     (made / "state" / "train_stage1.pt").write_bytes(b"")
+    (made / "parts").mkdir()
+    parts = state(pipeline() / "train_stage1.pt")
+    parts.pop("ema")
+    torch.save(parts, made / "parts" / "train_stage1.pt")
 
     stage1 = ["train_stage1.py", "--data", train]
     broken = ["train_stage1.py", "--data", made / "broken", *STAGE1]
@@ -420,6 +424,8 @@ def bad_inputs(tmp_path):
     inside_a_file = made / "cut.safetensors" / "out"
     yield "cannot be written: Not a directory", [*stage1, *STAGE1, "--out", inside_a_file]
     yield "is no whole training state", [*stage1, "--resume", "--out", made / "state"]
+    yield "no whole training state, remove it: 'ema'", [*stage1, *STAGE1, "--resume", "--out",
+                                                        made / "parts"]
     yield "'ar' weights where 'tokenizer'", ["pretokenize.py", "--data", train, "--tokenizer", ar]
     yield "cut.safetensors is not a whole", ["sample.py", "--tokenizer", made / "cut.safetensors",
                                              "--ar", ar]
