@@ -399,7 +399,7 @@ def main():
             block.compile(dynamic=False)
     model = ar
     if world_size > 1:
-        model = DistributedDataParallel(ar, broadcast_buffers=False)
+        model = DistributedDataParallel(ar)
 
     # On SIGTERM or Ctrl-C: finish the step, save, end
     stop = torch.zeros(1)

@@ -34,6 +34,7 @@ raw one that it grew up with.
 import argparse
 import copy
 import functools
+import inspect
 import json
 import math
 import os
@@ -694,9 +695,12 @@ def main():
     discriminator_model = discriminator
     if world_size > 1:
         # A broadcast of buffers would modify BatchNorm statistics that a backward still needs.
-        model = DistributedDataParallel(stage1, broadcast_buffers=False)
+        # Newer torch has another name for it and warns of the old one.
+        names = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+        model = DistributedDataParallel(stage1, **{sync: False})
         if discriminator is not None:
-            discriminator_model = DistributedDataParallel(discriminator, broadcast_buffers=False)
+            discriminator_model = DistributedDataParallel(discriminator, **{sync: False})
 
     # Batches: the visit numbers of this rank in a step, a list for each micro-batch, and a loader
     # that runs ahead of the loop
