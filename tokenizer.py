@@ -323,12 +323,14 @@ class PrologueQuantizer(nn.Module):
 
 LAYOUTS = ("prologue", "2d", "1d", "post")
 
-# (layers, width) of the encoder, the decoder and the post layout's prologue encoder: paper table
-# A4.
+# (layers, width) of the encoder, the decoder and the post layout's prologue encoder. B and L are
+# those of paper table A4, S is ours, for a single GPU.
 SIZES = {
     "tiny": dict(encoder=(3, 96), decoder=(3, 96), post=(3, 96), head_dim=32, image_size=28,
                  patch_size=4, codebook_size=256, code_dim=8, num_prologue=8,
                  prologue_codebook_size=64),
+    "S": dict(encoder=(6, 512), decoder=(6, 512), post=(6, 512), image_size=128, patch_size=8,
+              codebook_size=4096),
     "B": dict(encoder=(12, 768), decoder=(12, 768), post=(10, 512), codebook_size=16384),
     "L": dict(encoder=(12, 768), decoder=(24, 1024), post=(10, 512), codebook_size=4096),
 }

@@ -81,6 +81,11 @@ class Tokens:
         labels = torch.from_numpy(self.labels[images].astype(np.int64))
         return codes.to(device), labels.to(device)
 
+    def drop_classes(self):
+        """From now on all images are of one class."""
+        self.classes = ["all"]
+        self.labels[:] = 0
+
     def digest(self):
         """A short hash of the codes."""
         return hashlib.sha256(np.ascontiguousarray(self.codes)).hexdigest()[:16]
@@ -100,8 +105,9 @@ def visited_image(seed, visit, count):
 # Model and optimization
 
 
-def build_model(args, tokens, tokenizer):
-    """A new AR model for the codes, or one that starts from the weights of --init."""
+def build_model(args, tokens, tokenizer, rank):
+    """A new AR model for the codes, or one that starts from the weights of --init, whatever its
+    classes are. Raises InputError if its codes have other sizes."""
     torch.manual_seed(args.seed)
     cfg = ARConfig.for_tokenizer(tokens.cfg, **SIZES[args.size], num_classes=len(tokens.classes),
                                  classes=tokens.classes, dropout=args.dropout,
@@ -109,15 +115,30 @@ def build_model(args, tokens, tokenizer):
     if args.init is None:
         return AR(cfg)
     old = AR.load(args.init)
+    if old.cfg.tokenizer not in ("", tokens.fingerprint) and rank == 0:
+        print(f"note: --init {args.init} was trained on codes of another tokenizer")
+    old.cfg.tokenizer = ""  # only the sizes have to agree
     check_pair(tokenizer, old, names=("the tokenizer", args.init))
-    if old.cfg.num_classes != cfg.num_classes or old.cfg.classes not in ([], cfg.classes):
-        raise InputError(f"--init {args.init} was trained on {old.cfg.num_classes} classes "
-                         f"{old.cfg.classes[:3]}..., the token file has {cfg.num_classes} "
-                         f"{cfg.classes[:3]}...")
-    size = dict(layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim)
-    ar = AR(replace(cfg, **size))
-    ar.load_state_dict(old.state_dict())
+    ar = AR(replace(cfg, layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim,
+                    preset=old.cfg.preset))
+    weights = old.state_dict()
+    if old.cfg.classes or old.cfg.num_classes != cfg.num_classes:
+        weights["bos.weight"] = class_embeddings(weights["bos.weight"], old.cfg.classes,
+                                                 cfg.classes)
+        new = len(set(cfg.classes) - set(old.cfg.classes))
+        if new > 0 and rank == 0:
+            print(f"{new} of {len(cfg.classes)} classes are new to {args.init}")
+    ar.load_state_dict(weights)
     return ar
+
+
+def class_embeddings(old, old_classes, classes):
+    """Class embeddings `old` (old classes + 1, D) -> (classes + 1, D). A class keeps its own, a new
+    one starts as the mean of all; the last row, which means unconditional, stays the last."""
+    mean = old[:-1].mean(0)
+    known = dict(zip(old_classes, old))
+    rows = [known.get(name, mean) for name in classes]
+    return torch.stack([*rows, old[-1]])
 
 
 def adamw_groups(module, betas, weight_decay):
@@ -238,7 +259,19 @@ def start_log(path, step):
         temporary.write_text("".join(kept))
 
 
-def write_log(path, entry):
+def start_wandb(args, job):
+    """A run at Weights & Biases. A run that is resumed is a new one of the same name there."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--wandb needs the package wandb: pip install wandb") from None
+    return wandb.init(project=args.wandb, name=f"{args.out} {job}", config=vars(args))
+
+
+def write_log(path, entry, wandb_run):
+    """Adds a line to the log, and to the run at Weights & Biases if there is one."""
+    if wandb_run is not None:
+        wandb_run.log(entry, step=entry["step"])
     try:
         with open(path, "a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -269,8 +302,11 @@ def parse_args():
          help="held-out token file; by default --codes with _val in its name, if there is one")
     flag("--tokenizer",
          help="tokenizer file that made the codes; by default tokenizer.safetensors in --out")
+    flag("--no_classes", action="store_true",
+         help="an unconditional model: all images count as one class")
     flag("--size", default="tiny", choices=SIZES, help="of the AR model")
-    flag("--init", metavar="AR", help="AR file whose weights to start from; its size counts")
+    flag("--init", metavar="AR",
+         help="AR file whose weights to start from; its size counts, its classes may be others")
     flag("--dropout", type=real(0, 0.99), default=0.1,
          help="on embedding, attention output and MLP output")
     flag("--class_dropout", type=real(0, 1), default=0.1,
@@ -297,6 +333,8 @@ def parse_args():
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
     flag("--log_every", type=whole(1), default=50, help="steps between lines of the log")
+    flag("--wandb", metavar="PROJECT",
+         help="also send the log to this project at Weights & Biases (pip install wandb)")
     flag("--eval_every", type=whole(1), default=400,
          help="steps between held-out measures and pictures")
     flag("--eval_images", type=whole(1), default=2000, help="held-out images for the measures")
@@ -304,7 +342,7 @@ def parse_args():
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
          help="auto is what torch finds")
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
-         help="auto is bf16 on CUDA, else fp32")
+         help="auto is bf16 on GPUs that have it (Ampere and later), else fp32")
     flag("--compile", action="store_true", help="torch.compile the transformer blocks")
     return parser.parse_args()
 
@@ -328,7 +366,8 @@ def main():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
     if args.dtype == "auto":
-        args.dtype = "bf16" if device.type == "cuda" else "fp32"
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bf16" if has_bf16 else "fp32"
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
     if args.compile and device.type == "cpu" and not shutil.which("g++"):
@@ -354,6 +393,11 @@ def main():
     val_tokens = None
     if args.val_codes or val_path.exists():
         val_tokens = Tokens(val_path)
+    if args.no_classes:
+        tokens.drop_classes()
+        if val_tokens is not None:
+            val_tokens.drop_classes()
+    if val_tokens is not None:
         if val_tokens.classes != tokens.classes:
             raise InputError(f"{val_path} and {codes_path} have different classes: "
                              f"{val_tokens.classes[:3]}... and {tokens.classes[:3]}...")
@@ -366,7 +410,7 @@ def main():
                          "pretokenize.py again")
 
     # Model and optimizer
-    ar = build_model(args, tokens, tokenizer).to(device)
+    ar = build_model(args, tokens, tokenizer, rank).to(device)
     groups = adamw_groups(ar, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     if rank == 0:
@@ -407,12 +451,16 @@ def main():
     signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))
 
     # The loop
+    wandb_run = None
     if rank == 0:
         start_log(out / "train_ar.jsonl", start_step)
+        if args.wandb:
+            wandb_run = start_wandb(args, "train_ar")
     ar.train()
     skipped = torch.zeros((), device=device)  # steps in a row
     asked_to_stop = torch.zeros(1)
-    clock = time.perf_counter()
+    start = time.perf_counter()
+    clock = start
     clock_step = start_step
     for step in range(start_step + 1, args.steps + 1):
         # Learning rate
@@ -474,13 +522,22 @@ def main():
             entry["lr"] = learning_rate(step, args)
             entry["images_per_s"] = (step - clock_step) * args.batch_size / seconds
             if rank == 0:
-                write_log(out / "train_ar.jsonl", entry)
+                write_log(out / "train_ar.jsonl", entry, wandb_run)
                 left = (args.steps - step) * args.batch_size / entry["images_per_s"]
                 print(f"{as_text(entry)}  {left / 60:.0f} min left", flush=True)
             if skipped >= 10:
                 bad = "the cross-entropy" if not math.isfinite(ce) else "the gradient"
                 raise InputError(f"{bad} has not been finite for {int(skipped)} steps, which were "
                                  "skipped; try --resume with a lower --lr")
+            clock = time.perf_counter()
+            clock_step = step
+
+        # The first step compiles, allocates and tunes: it does not count in images_per_s
+        if step == start_step + 1:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if rank == 0:
+                print(f"first step: {time.perf_counter() - start:.1f} s", flush=True)
             clock = time.perf_counter()
             clock_step = step
 
@@ -493,7 +550,7 @@ def main():
                     entry = evaluate(ar, val_tokens, args.eval_images, device, autocast, rank=rank,
                                      world_size=world_size)
                     if rank == 0:
-                        write_log(out / "train_ar.jsonl", {"step": step} | entry)
+                        write_log(out / "train_ar.jsonl", {"step": step} | entry, wandb_run)
                         print(f"  held out: {as_text(entry)}", flush=True)
                 if rank == 0:
                     save_samples(out / "train_ar.png", ar, tokenizer, args.seed, device, autocast)
@@ -508,6 +565,8 @@ def main():
         if last:
             break
 
+    if wandb_run is not None:
+        wandb_run.finish()
     if rank == 0 and asked_to_stop:
         print(f"asked to stop: saved after step {step}, go on with --resume")
     if world_size > 1:

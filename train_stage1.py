@@ -54,7 +54,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ar as ar_file
-from ar import AR, ARConfig
+from ar import AR, ARConfig, check_pair
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, no_crop,
                          random_crop, save_grid)
 from tokenizer import (LAYOUTS, SIZES, InputError, Tokenizer, TokenizerConfig, Transformer,
@@ -225,33 +225,61 @@ def pretrained(build):
                          "or train with --perceptual none") from None
 
 
+def build_tokenizer(args):
+    """A new tokenizer; or that of --init, which goes on or, if it is a 2d one, gets a prologue by
+    the layout post."""
+    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
+    changed = {name: value for name, value in flags.items() if value is not None}
+    cfg = TokenizerConfig(**SIZES[args.size], layout=args.layout)
+    if args.init is None:
+        return Tokenizer(replace(cfg, **changed))
+
+    old = Tokenizer.load(args.init)
+    may_change = {"tau"}
+    if args.layout == "post" and old.cfg.layout == "2d":
+        may_change = {"tau", "num_prologue", "prologue_codebook_size"}
+        cfg = replace(old.cfg, layout="post", post=cfg.post, num_prologue=cfg.num_prologue,
+                      prologue_codebook_size=cfg.prologue_codebook_size)
+    elif args.layout == old.cfg.layout:
+        cfg = old.cfg
+    else:
+        raise InputError(f"--init {args.init} has layout {old.cfg.layout}: give --layout "
+                         f"{old.cfg.layout} to train it on (only a 2d one can change, to post)")
+    for name, value in changed.items():
+        if name not in may_change and value != getattr(cfg, name):
+            raise InputError(f"--{name} {value}: --init {args.init} has {getattr(cfg, name)}, "
+                             "which stays")
+    tokenizer = Tokenizer(replace(cfg, **changed))
+    for name, module in old.named_children():
+        getattr(tokenizer, name).load_state_dict(module.state_dict())
+    if args.layout == "post":
+        for module in (tokenizer.encoder, tokenizer.visual_quantizer, tokenizer.decoder):
+            module.requires_grad_(False)
+    return tokenizer
+
+
 def build_models(args, classes):
     """Tokenizer and joint AR model, equal on all ranks; the latter None if no CE is used."""
     torch.manual_seed(args.seed)
-    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
-    changed = {name: value for name, value in flags.items() if value is not None}
-    cfg = TokenizerConfig(**SIZES[args.size])
-    cfg = replace(cfg, layout=args.layout, tau=args.tau, **changed)
-    if args.layout == "post":
-        frozen = Tokenizer.load(args.init)
-        if frozen.cfg.layout != "2d":
-            raise InputError(f"--init {args.init} has layout {frozen.cfg.layout}, post needs a 2d")
-        cfg = replace(frozen.cfg, layout="post", post=cfg.post, tau=cfg.tau,
-                      num_prologue=cfg.num_prologue,
-                      prologue_codebook_size=cfg.prologue_codebook_size)
-    tokenizer = Tokenizer(cfg)
-    if args.layout == "post":
-        for name, module in frozen.named_children():
-            getattr(tokenizer, name).load_state_dict(module.state_dict())
-            getattr(tokenizer, name).requires_grad_(False)
-
-    if cfg.num_prologue == 0 and not args.direct_ce:
+    tokenizer = build_tokenizer(args)
+    if tokenizer.cfg.num_prologue == 0 and not args.direct_ce:
         return tokenizer, None
     if not args.onestage:
         classes = []  # the joint AR model is unconditional
-    ar_cfg = ARConfig.for_tokenizer(cfg, num_classes=len(classes), classes=classes,
-                                    **ar_file.SIZES[args.ar_size])
-    return tokenizer, AR(ar_cfg)
+    size = ar_file.SIZES[args.ar_size]
+    if args.init_ar is not None:
+        old = AR.load(args.init_ar)
+        check_pair(tokenizer, old, names=("the tokenizer", args.init_ar))
+        if old.cfg.num_classes != len(classes):
+            raise InputError(f"--init_ar {args.init_ar} knows {old.cfg.num_classes} classes, here "
+                             f"are {len(classes)} (none without --onestage)")
+        size = dict(layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim)
+    ar_cfg = ARConfig.for_tokenizer(tokenizer.cfg, num_classes=len(classes), classes=classes,
+                                    **size)
+    ar = AR(ar_cfg)
+    if args.init_ar is not None:
+        ar.load_state_dict(old.state_dict())
+    return tokenizer, ar
 
 
 # Optimization
@@ -456,7 +484,19 @@ def start_log(path, step):
         temporary.write_text("".join(kept))
 
 
-def write_log(path, entry):
+def start_wandb(args, job):
+    """A run at Weights & Biases. A run that is resumed is a new one of the same name there."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError("--wandb needs the package wandb: pip install wandb") from None
+    return wandb.init(project=args.wandb, name=f"{args.out} {job}", config=vars(args))
+
+
+def write_log(path, entry, wandb_run):
+    """Adds a line to the log, and to the run at Weights & Biases if there is one."""
+    if wandb_run is not None:
+        wandb_run.log(entry, step=entry["step"])
     try:
         with open(path, "a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -479,9 +519,9 @@ CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their clas
 # Entries of the log that are also printed
 SHOWN = ("step", "l1", "vq", "perceptual", "gan", "ce", "discriminator", "images_per_s")
 
-# Flags of the tokenizer that default to those of --size
+# Flags of the tokenizer that default to those of --size or --init
 MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_prologue",
-               "prologue_codebook_size")
+               "prologue_codebook_size", "tau")
 
 
 def parse_args():
@@ -502,20 +542,25 @@ def parse_args():
     # Tokenizer
     flag("--size", default="tiny", choices=SIZES, help="of encoder and decoder")
     flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
-    flag("--init", metavar="TOKENIZER", help="layout post: the trained 2d tokenizer to freeze")
+    flag("--init", metavar="TOKENIZER",
+         help="tokenizer file to go on from; the layout post adds a prologue to a trained 2d one")
     flag("--image_size", type=whole(1),
-         help="side in pixels; like the next five by default that of --size")
+         help="side of the square in pixels; like the next six by default that of --size or --init")
     flag("--patch_size", type=whole(1), help="side in pixels; each patch is a visual token")
     flag("--codebook_size", type=whole(2), help="visual codes V")
     flag("--code_dim", type=whole(1), help="dimensions of a code")
     flag("--num_prologue", type=whole(1), help="prologue tokens K")
     flag("--prologue_codebook_size", type=whole(2), help="prologue codes P")
-    flag("--tau", type=real(1e-3), default=0.1, help="temperature of Prob-STE")
+    flag("--tau", type=real(1e-3), help="temperature of Prob-STE, by default 0.1")
 
     # Joint AR model
     flag("--ar_size", default="nano", choices=ar_file.SIZES, help="of the joint AR model")
+    flag("--init_ar", metavar="AR",
+         help="AR file whose weights the joint AR model starts from; its size counts")
     flag("--onestage", action="store_true",
          help="the AR model is the final one: it sees the classes, there is no stage 2")
+    flag("--no_classes", action="store_true",
+         help="--onestage without classes: all images count as one class")
     flag("--direct_ce", action="store_true",
          help="layouts 1d and 2d: cross-entropy on the visual tokens themselves (Fig. 5)")
     flag("--ce_weight", type=real(0), default=3.0,
@@ -553,6 +598,8 @@ def parse_args():
     flag("--out", default="out", help="folder for everything that is written")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
     flag("--log_every", type=whole(1), default=50, help="steps between lines of the log")
+    flag("--wandb", metavar="PROJECT",
+         help="also send the log to this project at Weights & Biases (pip install wandb)")
     flag("--eval_every", type=whole(1), default=400,
          help="steps between held-out measures and pictures")
     flag("--eval_images", type=whole(1), default=1000, help="held-out images for the measures")
@@ -560,22 +607,20 @@ def parse_args():
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
          help="auto is what torch finds")
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
-         help="auto is bf16 on CUDA, else fp32")
+         help="auto is bf16 on GPUs that have it (Ampere and later), else fp32")
     flag("--compile", action="store_true", help="torch.compile the transformer blocks")
     flag("--num_workers", type=whole(0), default=min(8, os.cpu_count()),
          help="threads that decode images, per rank")
     args = parser.parse_args()
 
-    if (args.layout == "post") != (args.init is not None):
-        parser.error("--layout post and --init TOKENIZER, its trained 2d tokenizer, go together")
+    if args.layout == "post" and args.init is None:
+        parser.error("--layout post needs --init TOKENIZER, the trained 2d tokenizer that it adds "
+                     "a prologue to")
     if args.direct_ce and args.layout not in ("1d", "2d"):
         parser.error("--direct_ce is for the layouts 1d and 2d")
     if args.onestage and args.layout not in ("prologue", "post"):
         parser.error("--onestage is for the layouts prologue and post")
     if args.layout == "post":
-        for name in ("image_size", "patch_size", "codebook_size", "code_dim"):
-            if getattr(args, name) is not None:
-                parser.error(f"--{name} cannot be set with --layout post: --init decides it")
         args.perceptual = "none"  # only CE trains it, there is no reconstruction to judge
         args.gan_weight = 0.0
     return args
@@ -601,7 +646,8 @@ def main():
         torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
         torch.backends.cudnn.benchmark = True
     if args.dtype == "auto":
-        args.dtype = "bf16" if device.type == "cuda" else "fp32"
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.dtype = "bf16" if has_bf16 else "fp32"
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
     if args.compile and device.type == "cpu" and not shutil.which("g++"):
@@ -628,6 +674,9 @@ def main():
         print(f"no held-out images (--val_data): what is measured is measured on {args.data}")
     if args.batch_size > len(images) and rank == 0:
         print(f"note: a batch holds some of the {len(images)} images more than once")
+    if args.no_classes:
+        images.drop_classes()
+        val_images.drop_classes()
     if args.onestage and val_images.classes != images.classes:
         raise InputError(f"--onestage: {val_data} has other classes than {args.data}")
 
@@ -719,13 +768,17 @@ def main():
     signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))
 
     # The loop
+    wandb_run = None
     if rank == 0:
         start_log(out / "train_stage1.jsonl", start_step)
+        if args.wandb:
+            wandb_run = start_wandb(args, "train_stage1")
     stage1.train()
     zero = torch.zeros((), device=device)
     skipped = torch.zeros((), device=device)  # steps in a row
     asked_to_stop = torch.zeros(1)
-    clock = time.perf_counter()
+    start = time.perf_counter()
+    clock = start
     clock_step = start_step
     for step in steps:
         # Learning rate
@@ -836,7 +889,7 @@ def main():
             entry["lr"] = learning_rate(step, args)
             entry["images_per_s"] = (step - clock_step) * args.batch_size / seconds
             if rank == 0:
-                write_log(out / "train_stage1.jsonl", entry)
+                write_log(out / "train_stage1.jsonl", entry, wandb_run)
                 shown = {name: entry[name] for name in SHOWN if name in entry}
                 left = (args.steps - step) * args.batch_size / entry["images_per_s"]
                 print(f"{as_text(shown)}  {left / 60:.0f} min left", flush=True)
@@ -847,13 +900,22 @@ def main():
             clock = time.perf_counter()
             clock_step = step
 
+        # The first step compiles, allocates and tunes: it does not count in images_per_s
+        if step == start_step + 1:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if rank == 0:
+                print(f"first step: {time.perf_counter() - start:.1f} s", flush=True)
+            clock = time.perf_counter()
+            clock_step = step
+
         # Held-out measures and pictures; a job that is asked to stop may not have the time for them
         pause = time.perf_counter()
         if (step % args.eval_every == 0 or step == args.steps) and not asked_to_stop:
             with torch.compiler.set_stance("force_eager"):  # other batch sizes than the loop's
                 entry = evaluate(final, ar, val_images, args, device, autocast, rank, world_size)
                 if rank == 0:
-                    write_log(out / "train_stage1.jsonl", {"step": step} | entry)
+                    write_log(out / "train_stage1.jsonl", {"step": step} | entry, wandb_run)
                     print(f"  held out: {as_text(entry)}", flush=True)
                     picture = out / "train_stage1.png"
                     save_pictures(picture, final, val_images, args, device, autocast)
@@ -872,6 +934,8 @@ def main():
         if last:
             break
 
+    if wandb_run is not None:
+        wandb_run.finish()
     if rank == 0 and asked_to_stop:
         print(f"asked to stop: saved after step {step}, go on with --resume")
     if world_size > 1:

@@ -16,6 +16,7 @@ import textwrap
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from ar import AR
 from pretokenize import Images, center_crop
 from tokenizer import Tokenizer, to_float
 
@@ -229,6 +231,72 @@ def test_variants_train_on_two_ranks_and_what_they_leave_is_of_use(tmp_path):
     assert Image.open(tmp_path / "onestage" / "sheet.png").size == (3 * 58 + 2, 3 * 58 + 2)
 
 
+def test_init_goes_on_with_other_classes_and_other_images(tmp_path):
+    """With a learning rate of 0 a run ends with the weights that it begins with."""
+    out = pipeline()
+    still = ["--lr", 0, "--min_lr", 0, "--steps", 1]
+    with np.load(out / "codes.npz") as file:
+        tokens = dict(file)
+    tokens["config"] = str(tokens["config"]).replace('"cat"', '"cow"')
+    np.savez(tmp_path / "codes.npz", **tokens)
+    text = run("train_ar.py", "--codes", tmp_path / "codes.npz", "--tokenizer",
+               out / "tokenizer.safetensors", "--init", out / "ar.safetensors", "--out", tmp_path,
+               *STAGE2, *still)
+    assert "1 of 2 classes are new" in text
+    before = AR.load(out / "ar.safetensors")
+    after = AR.load(tmp_path / "ar.safetensors")
+    assert after.cfg.classes == ["cow", "dog"]
+    cat, dog, unconditional = before.bos.weight
+    torch.testing.assert_close(after.bos.weight,
+                               torch.stack([(cat + dog) / 2, dog, unconditional]))
+    assert torch.equal(before.embedding.weight, after.embedding.weight)
+    assert torch.equal(before.head.weight, after.head.weight)
+
+    run("train_stage1.py", "--data", folder() / "val", "--init", out / "tokenizer.safetensors",
+        "--init_ar", out / "joint_ar.safetensors", "--out", tmp_path, *STAGE1, *still)
+    before = Tokenizer.load(out / "tokenizer.safetensors").state_dict()
+    after = Tokenizer.load(tmp_path / "tokenizer.safetensors").state_dict()
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+    a = AR.load(out / "joint_ar.safetensors")
+    b = AR.load(tmp_path / "joint_ar.safetensors")
+    assert torch.equal(a.head.weight, b.head.weight)
+
+
+def test_wandb_gets_every_line_of_the_log(tmp_path):
+    """With a stand-in for the package, because the real one wants an account."""
+    (tmp_path / "wandb.py").write_text(textwrap.dedent("""
+        import json
+
+        class init:
+            def __init__(self, project, name, config):
+                self.lines = [[project, name, config["steps"]]]
+
+            def log(self, entry, step):
+                self.lines.append({"step": step} | entry)
+
+            def finish(self):
+                print(json.dumps(self.lines))
+        """))
+    out = stage2_folder(tmp_path / "out")
+    for name, flags in (("train_ar", STAGE2), ("train_stage1", STAGE1)):
+        words = command(f"{name}.py", "--out", out, "--steps", 2, "--wandb", "garments", *flags)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+        result = subprocess.run(words, capture_output=True, text=True, env=environment)
+        head, *lines = json.loads(result.stdout.splitlines()[-1])
+        assert head == ["garments", f"{out} {name}", 2]
+        log = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        assert lines == log
+
+
+def test_without_classes_all_images_are_of_one(tmp_path):
+    folder = stage2_folder(tmp_path / "out")
+    run("train_ar.py", "--out", folder, "--no_classes", "--steps", 1, *STAGE2)
+    assert AR.load(folder / "ar.safetensors").cfg.classes == ["all"]
+    run("sample.py", "--out", folder, "--num", 2)
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
     """With a learning rate that throws the weights out of range, the run says what is not finite
     and stops, and no state with such weights is ever written."""
@@ -394,6 +462,8 @@ def bad_inputs(tmp_path):
     np.savez(made / "labels.npz", **dict(val, labels=val["labels"] + 7))
     np.savez(made / "objects.npz", **dict(val, codes=np.array([{}], dtype=object)))
     np.savez(made / "unlabelled.npz", codes=val["codes"])
+    cfg = AR.load(ar).cfg
+    AR(replace(cfg, num_prologue=4)).save(made / "k4.safetensors")
     (made / "state").mkdir()
     (made / "state" / "train_stage1.pt").write_bytes(b"")
     (made / "parts").mkdir()
@@ -420,7 +490,11 @@ def bad_inputs(tmp_path):
     yield "--seed: '-1' is not a whole number", [*stage1, "--seed", -1]
     yield "does not divide into 1 ranks", [*stage1, "--batch_size", 8, "--micro_batch_size", 3]
     yield "the discriminator needs 2 images", [*stage1, "--batch_size", 1]
-    yield "go together", [*stage1, "--layout", "post"]
+    yield "--layout post needs --init", [*stage1, "--layout", "post"]
+    yield "has layout prologue: give --layout prologue", [*stage1, "--layout", "2d", "--init",
+                                                          tokenizer]
+    yield "--num_prologue 4: --init", [*stage1, "--num_prologue", 4, "--init", tokenizer]
+    yield "knows 2 classes, here are 0", [*stage1, "--init", tokenizer, "--init_ar", ar]
     inside_a_file = made / "cut.safetensors" / "out"
     yield "cannot be written: Not a directory", [*stage1, *STAGE1, "--out", inside_a_file]
     yield "is no whole training state", [*stage1, "--resume", "--out", made / "state"]
@@ -436,7 +510,7 @@ def bad_inputs(tmp_path):
     yield "made by another tokenizer", ["train_ar.py", "--codes", codes, "--tokenizer",
                                         made / "other.safetensors"]
     yield "different classes", [*stage2, "--codes", codes, "--val_codes", made / "cow.npz"]
-    yield "was trained on 2 classes", [*stage2, "--codes", made / "cow.npz", "--init", ar]
+    yield "codes, num_prologue is", [*stage2, "--codes", codes, "--init", made / "k4.safetensors"]
     yield "should be uint16", [*stage2, "--codes", made / "floats.npz"]
     yield "beyond the end of the codebook", [*stage2, "--codes", made / "beyond.npz"]
     yield "labels should be from 0 to 1", [*stage2, "--codes", made / "labels.npz"]

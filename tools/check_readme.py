@@ -55,6 +55,7 @@ CHAINS = [
     ["tokenizer_2d_l", "ar_2d_l_b"],
     ["tokenizer_1d", "ar_1d"],
     ["prologue_onestage"],
+    ["one_gpu"],
     ["ablations"],
     ["ablations_l"],
     ["direct_ce"],
@@ -65,6 +66,7 @@ ENVIRONMENT = {
     "ablations_l": {"ONLY": "l-b-vgg", "AR_FLAGS": STAGE2},
     "direct_ce": {"LAYOUTS": "2d", "CE_WEIGHTS": "0.3", "AR_FLAGS": STAGE2},
     "evaluate_all": {"ONLY": "prologue-l-xl"},
+    "one_gpu": {"AR_FLAGS": f"{STAGE2} --micro_batch_size 8"},
 }
 
 
@@ -194,6 +196,8 @@ def words_of_recipe(name, folder):
         words += ["--columns", 1]
     elif name.startswith("ar_"):
         words += STAGE2.split()
+    elif name == "one_gpu":
+        words += [*STAGE1.split(), "--micro_batch_size", "8"]
     else:
         words += STAGE1.split()
     return words

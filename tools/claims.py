@@ -1,15 +1,16 @@
 """The paper's comparisons in miniature: every cell is a run of the ordinary scripts, and every row
 has the same budget.
 
-    python tools/claims.py                      # all groups, seeds 0 and 1, into claims/
-    python tools/claims.py layouts --jobs 2     # some groups, two cells at a time
-    python tools/claims.py --scale 10 --out claims10    # ten times the steps, for a GPU
-    python tools/claims.py --report             # only the table and the plots, of what is there
+    python tools/claims.py --jobs 2                       # all groups, into claims/
+    python tools/claims.py no_classes long --seeds 0 1 2 --jobs 2
+    python tools/claims.py --scale 10 --out claims10      # ten times the steps, for a GPU
+    python tools/claims.py --report                       # only tables and plots of what is there
 
-A cell trains a tokenizer and an AR model on the bundled data, tries as many sampling settings as
-every other cell (500 samples each), and measures the best of them on 2,000 samples of another seed.
-A run that was stopped goes on where it was. Beside the cells, in --out, it writes claims_table.md,
-claims_lambda.png and claims_content.png to --results.
+A cell is a row with one seed. It trains a tokenizer on the bundled data, or takes that of another
+row, and an AR model on its tokens; tries as many sampling settings as every other cell (500 samples
+each); and measures the best of them on 2,000 samples of another seed. Cells that share a tokenizer
+train it once. A run that was stopped goes on where it was. Beside the cells, in --out, it writes
+claims_table.md, claims_lambda.png and claims_content.png to --results.
 """
 
 import argparse
@@ -20,51 +21,92 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from scipy.cluster.vq import kmeans2, vq
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from pretokenize import BUNDLED, Images
 from tokenizer import InputError, real, whole, writing
 
 # What differs from the trainers' defaults, which are those of the demo
 STAGE1 = dict(steps=1000, batch_size=32, lr=5e-4, min_lr=5e-5, warmup=50, hold=400)
 STAGE2 = dict(size="nano", steps=600, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=50, hold=200)
 
-# Settings that a cell tries: three without guidance, six with it. A prologue has a scale of its
-# own, so that fewer visual scales are tried with it.
-PLAIN = ["temperature=0.8,0.9,1"]
+# Settings that a cell tries: eight without guidance, six with it. A prologue has a temperature and
+# a scale of its own, so that fewer visual ones are tried with it.
+PLAIN = ["temperature=0.7,0.75,0.8,0.85,0.9,0.95,1,1.05"]
+PLAIN_PROLOGUE = ["temperature=0.7,0.8,0.9,1", "temperature_prologue=0.9,1"]
 GUIDED = ["cfg_visual=1.25,1.5,2,2.5,3,4"]
 GUIDED_PROLOGUE = ["cfg_visual=1.5,2,3", "cfg_prologue=0.7,1"]
 
-# group: {row: flags of train_stage1.py}
+
+@dataclass
+class Row:
+    """A line of a table: a tokenizer, and an AR model on its tokens."""
+
+    flags: str = ""  # of train_stage1.py
+    init: str = ""  # the row whose tokenizer the layout post freezes
+    tokenizer: str = ""  # the row whose tokenizer is taken; then none is trained
+    prologue: str = "learned"  # or what stands in its place, see other_prologue
+    classes: bool = True  # whether the AR model is told the class
+
+
+# group: {name: row}
 GROUPS = {
     "layouts": {
-        "2d": "--layout 2d",
-        "prologue": "",
-        "post": "--layout post",
-        "1d": "--layout 1d",
-        "onestage": "--onestage --ar_size nano",
+        "2d": Row("--layout 2d"),
+        "prologue": Row(),
+        "post": Row("--layout post", init="2d"),
+        "1d": Row("--layout 1d"),
+        "onestage": Row("--onestage --ar_size nano"),
+    },
+    # The same tokenizers, but an AR model that is not told the class; in the middle the tokens of
+    # post with other prologues
+    "no_classes": {
+        "2d, no classes": Row(tokenizer="2d", classes=False),
+        "prologue, no classes": Row(tokenizer="prologue", classes=False),
+        "post, no classes": Row(tokenizer="post", classes=False),
+        "constant": Row(tokenizer="post", prologue="constant", classes=False),
+        "another image's": Row(tokenizer="post", prologue="shuffled", classes=False),
+        "the class": Row(tokenizer="post", prologue="class", classes=False),
+        "k-means, 1 token": Row(tokenizer="post", prologue="k-means 1", classes=False),
+        "k-means, 2 tokens": Row(tokenizer="post", prologue="k-means 2", classes=False),
+        "k-means, 8 tokens": Row(tokenizer="post", prologue="k-means 8", classes=False),
+        "onestage, no classes": Row("--onestage --ar_size nano --no_classes", classes=False),
+        "1d, no classes": Row(tokenizer="1d", classes=False),
+    },
+    # Four times as many visual tokens, without classes
+    "long": {
+        "2d, patch 2": Row("--layout 2d --patch_size 2", classes=False),
+        "prologue, patch 2": Row("--patch_size 2", classes=False),
+        "post, patch 2": Row("--layout post", init="2d, patch 2", classes=False),
+        "constant, patch 2": Row(tokenizer="post, patch 2", prologue="constant", classes=False),
+        "k-means, patch 2": Row(tokenizer="post, patch 2", prologue="k-means 2", classes=False),
     },
     "direct": {
-        "2d, direct CE 0.03": "--layout 2d --direct_ce --tau 1 --ce_weight 0.03",
-        "1d, direct CE 0.03": "--layout 1d --direct_ce --tau 1 --ce_weight 0.03",
-        "2d, direct CE 0.3": "--layout 2d --direct_ce --tau 1 --ce_weight 0.3",
-        "1d, direct CE 0.3": "--layout 1d --direct_ce --tau 1 --ce_weight 0.3",
-        "2d, direct CE 3": "--layout 2d --direct_ce --tau 1 --ce_weight 3",
-        "1d, direct CE 3": "--layout 1d --direct_ce --tau 1 --ce_weight 3",
-        "prologue, lambda 1": "--ce_weight 1",
-        "prologue, lambda 6": "--ce_weight 6",
+        "2d, direct CE 0.03": Row("--layout 2d --direct_ce --tau 1 --ce_weight 0.03"),
+        "1d, direct CE 0.03": Row("--layout 1d --direct_ce --tau 1 --ce_weight 0.03"),
+        "2d, direct CE 0.3": Row("--layout 2d --direct_ce --tau 1 --ce_weight 0.3"),
+        "1d, direct CE 0.3": Row("--layout 1d --direct_ce --tau 1 --ce_weight 0.3"),
+        "2d, direct CE 3": Row("--layout 2d --direct_ce --tau 1 --ce_weight 3"),
+        "1d, direct CE 3": Row("--layout 1d --direct_ce --tau 1 --ce_weight 3"),
+        "prologue, lambda 1": Row("--ce_weight 1"),
+        "prologue, lambda 6": Row("--ce_weight 6"),
     },
     "ablations": {
-        "K = 4": "--num_prologue 4",
-        "K = 16": "--num_prologue 16",
-        "P = 16": "--prologue_codebook_size 16",
-        "P = 256": "--prologue_codebook_size 256",
-        "tau = 0.01": "--tau 0.01",
-        "tau = 1": "--tau 1",
-        "visual dropout 0": "--visual_dropout 0",
-        "visual dropout 1": "--visual_dropout 1",
+        "K = 4": Row("--num_prologue 4"),
+        "K = 16": Row("--num_prologue 16"),
+        "P = 16": Row("--prologue_codebook_size 16"),
+        "P = 256": Row("--prologue_codebook_size 256"),
+        "tau = 0.01": Row("--tau 0.01"),
+        "tau = 1": Row("--tau 1"),
+        "visual dropout 0": Row("--visual_dropout 0"),
+        "visual dropout 1": Row("--visual_dropout 1"),
     },
 }
 
@@ -79,6 +121,68 @@ COLUMNS = {
     "class consistency without CFG": "consistency_no_cfg",
     "perplexity of the prologue": "perplexity_prologue",
 }
+
+
+# Prologues to compare a learned one with
+
+
+def pixels(split):
+    """The bundled images of "train" or "val" in the order of token files: (images, 784) float32."""
+    images = Images(BUNDLED / split)
+    return np.stack([np.asarray(images.open(i).convert("L")).ravel() for i in range(len(images))],
+                    dtype=np.float32, casting="unsafe")
+
+
+def residual_k_means(num_tokens, size, seed):
+    """Codes of the bundled images by residual k-means on their pixels: the first token names the
+    nearest of `size` mean images, each further one the nearest of `size` means of what is left.
+    Returns {split: (images, num_tokens)}."""
+    rest = {split: pixels(split) for split in ("train", "val")}
+    codes = {split: [] for split in rest}
+    for _ in range(num_tokens):
+        centres, _ = kmeans2(rest["train"], size, minit="++", seed=seed)  # (size, 784)
+        for split, vectors in rest.items():
+            nearest, _ = vq(vectors, centres)  # (images,)
+            codes[split].append(nearest)
+            rest[split] = vectors - centres[nearest]
+    return {split: np.stack(columns, 1) for split, columns in codes.items()}
+
+
+def other_prologue(kind, codes, labels, size, seed):
+    """What stands in the place of the prologues `codes` {split: (images, K)}: nothing (constant),
+    that of another image (shuffled), the class, or k-means codes of the pixels ("k-means 2": two
+    tokens of them). Tokens that are not needed are 0. Returns {split: (images, K)}."""
+    rng = np.random.default_rng(seed)
+    result = {split: np.zeros_like(old) for split, old in codes.items()}
+    if kind == "shuffled":
+        for split, old in codes.items():
+            result[split] = old[rng.permutation(len(old))]
+    elif kind == "class":
+        for split, of_images in labels.items():
+            result[split][:, 0] = of_images
+    elif kind.startswith("k-means"):
+        count = int(kind.split()[1])
+        for split, summary in residual_k_means(count, size, seed).items():
+            result[split][:, :count] = summary
+    return result
+
+
+def write_tokens(source, target, kind, seed):
+    """Copies the token files of the folder `source` to the folder `target`, with another prologue.
+    """
+    files = {}
+    for split, name in (("train", "codes.npz"), ("val", "codes_val.npz")):
+        with np.load(source / name) as file:
+            files[split] = dict(file)
+    cfg = json.loads(str(files["train"]["config"]))["tokenizer"]
+    k = cfg["num_prologue"]
+    prologues = {split: file["codes"][:, 0, :k] for split, file in files.items()}
+    labels = {split: file["labels"] for split, file in files.items()}
+    prologues = other_prologue(kind, prologues, labels, cfg["prologue_codebook_size"], seed)
+    for split, name in (("train", "codes.npz"), ("val", "codes_val.npz")):
+        files[split]["codes"][:, 0, :k] = prologues[split]
+        with writing(target / name) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **files[split])
 
 
 # A cell
@@ -103,14 +207,16 @@ def as_flags(settings):
 class Cell:
     """One row with one seed; everything that it makes is in the folder self.out."""
 
-    def __init__(self, row, flags, seed, args):
+    def __init__(self, name, row, seed, args, cells):
+        self.name = name
         self.row = row
-        self.flags = flags.split()
         self.seed = seed
         self.args = args
-        name = row.replace(" ", "").replace(",", "_").replace("=", "")
-        self.out = Path(args.out) / f"{name}-s{seed}"
+        self.cells = cells  # {(name, seed): Cell}, for the tokenizers of others
+        folder = name.replace(" ", "").replace(",", "_").replace("=", "").replace("'", "")
+        self.out = Path(args.out) / f"{folder}-s{seed}"
         self.threads = max(1, os.cpu_count() // args.jobs)
+        self.lock = threading.Lock()  # while the tokenizer is trained
 
     def script(self, name, *flags):
         """Runs a script, with what it prints in cell.log, and returns its last line. Raises
@@ -124,34 +230,55 @@ class Cell:
             log.write(result.stdout)
         if result.returncode != 0:
             log = self.out / "cell.log"
-            raise InputError(f"{self.row}, seed {self.seed}: {name} failed, see {log}")
+            raise InputError(f"{self.name}, seed {self.seed}: {name} failed, see {log}")
         return result.stdout.rstrip().rpartition("\n")[2]
 
     def train(self, name, settings, *flags):
-        """Runs a trainer, unless an earlier run of this script has; returns its seconds."""
+        """Runs a trainer, unless an earlier run of this script has."""
         seconds = self.out / f"{name}.seconds"
-        if not seconds.exists():
-            steps = int(settings["steps"] * self.args.scale)
-            hold = int(settings["hold"] * self.args.scale)
-            settings = settings | dict(steps=steps, hold=hold)
-            start = time.perf_counter()
-            self.script(name, "--out", self.out, "--seed", self.seed, "--resume", "--log_every", 50,
-                        "--save_every", 250, "--eval_every", steps, *as_flags(settings), *flags)
-            log = self.out / Path(name).with_suffix(".jsonl")
-            if last_value(log, "step") != steps:  # Ctrl-C reaches the trainer too, and it saves
-                raise InputError(f"{self.row}, seed {self.seed}: {name} was stopped")
-            seconds.write_text(str(time.perf_counter() - start))
-        return float(seconds.read_text())
+        if seconds.exists():
+            return
+        steps = int(settings["steps"] * self.args.scale)
+        hold = int(settings["hold"] * self.args.scale)
+        settings = settings | dict(steps=steps, hold=hold)
+        start = time.perf_counter()
+        self.script(name, "--out", self.out, "--seed", self.seed, "--resume", "--log_every", 50,
+                    "--save_every", 250, "--eval_every", steps, *as_flags(settings), *flags)
+        log = self.out / Path(name).with_suffix(".jsonl")
+        if last_value(log, "step") != steps:  # Ctrl-C reaches the trainer too, and it saves
+            raise InputError(f"{self.name}, seed {self.seed}: {name} was stopped")
+        seconds.write_text(str(time.perf_counter() - start))
 
-    def best(self, name, axes, *flags):
+    def train_tokenizer(self):
+        """Stage 1, the tokens and rFID, unless they are there. Returns the folder that has them,
+        which is that of another cell if the row says so."""
+        if self.row.tokenizer:
+            return self.cells[self.row.tokenizer, self.seed].train_tokenizer()
+        with self.lock:
+            self.out.mkdir(parents=True, exist_ok=True)
+            tokenizer = self.out / "tokenizer.safetensors"
+            flags = self.row.flags.split()
+            if self.row.init:
+                frozen = self.cells[self.row.init, self.seed].train_tokenizer()
+                flags += ["--init", frozen / "tokenizer.safetensors"]
+            self.train("train_stage1.py", STAGE1, "--num_workers", 0, *flags)
+            if not (self.out / "codes_val.npz").exists():
+                self.script("pretokenize.py", "--out", self.out, "--num_workers", 0)
+            if not (self.out / "rfid.json").exists():
+                scores = self.script("fid.py", "--json", "--tokenizer", tokenizer)
+                with writing(self.out / "rfid.json") as temporary:
+                    temporary.write_text(scores)
+        return self.out
+
+    def best(self, name, axes, tokenizer, *flags):
         """Tries the settings `axes` on 500 samples and measures the best on 2,000 others. Returns
         what fid.py says of these, and the settings.
         """
         result = self.out / f"{name}.json"
         if not result.exists():
             folder = self.out / name
-            flags = ["--tokenizer", self.out / "tokenizer.safetensors",
-                     "--ar", self.out / "ar.safetensors", "--out", folder, *flags]
+            flags = ["--tokenizer", tokenizer, "--ar", self.out / "ar.safetensors",
+                     "--out", folder, *flags]
             self.script("tools/sweep.py", *axes, *flags, "--num", 500)
             first = json.loads((folder / "sweep.json").read_text())["rows"][0]
             names = [axis.partition("=")[0] for axis in axes]
@@ -168,73 +295,68 @@ class Cell:
         if (self.out / "cell.json").exists():
             return
         self.out.mkdir(parents=True, exist_ok=True)
-
-        # Stage 1
-        flags = list(self.flags)
-        if self.row == "post":
-            flags += ["--init", Path(self.args.out) / f"2d-s{self.seed}" / "tokenizer.safetensors"]
-        seconds = self.train("train_stage1.py", STAGE1, "--num_workers", 0, *flags)
-        log1 = self.out / "train_stage1.jsonl"
+        source = self.train_tokenizer()
+        tokenizer = source / "tokenizer.safetensors"
+        log1 = source / "train_stage1.jsonl"
         log2 = log1
 
         # Stage 2
-        if self.row != "onestage":
-            if not (self.out / "codes_val.npz").exists():
-                self.script("pretokenize.py", "--out", self.out, "--num_workers", 0)
-            seconds += self.train("train_ar.py", STAGE2)
+        if "--onestage" not in self.row.flags:
+            codes = source / "codes.npz"
+            if self.row.prologue != "learned":
+                write_tokens(source, self.out, self.row.prologue, self.seed)
+                codes = self.out / "codes.npz"
+            flags = [] if self.row.classes else ["--no_classes"]
+            self.train("train_ar.py", STAGE2, "--tokenizer", tokenizer, "--codes", codes, *flags)
             log2 = self.out / "train_ar.jsonl"
 
-        cell = self.measure(log1, log2)
-        cell["minutes"] = seconds / 60
+        cell = self.measure(tokenizer, log1, log2)
         with writing(self.out / "cell.json") as temporary:
             temporary.write_text(json.dumps(cell, indent=1))
-        print(f"{self.row}, seed {self.seed}: rFID {cell['rfid']:.2f}  gFID without CFG "
-              f"{cell['gfid_no_cfg']:.2f}, with {cell['gfid']:.2f}", flush=True)
+        guided = f", with {cell['gfid']:.2f}" if self.row.classes else ""
+        print(f"{self.name}, seed {self.seed}: rFID {cell['rfid']:.2f}  gFID without CFG "
+              f"{cell['gfid_no_cfg']:.2f}{guided}", flush=True)
 
-    def measure(self, log1, log2):
+    def measure(self, tokenizer, log1, log2):
         """The measures of the trained pair, those of the two logs of the trainers included."""
-        has_prologue = last_value(log1, "val_perplexity_prologue") is not None
-        plain = self.best("plain", PLAIN, "--no_cfg")
-        guided = self.best("guided", GUIDED_PROLOGUE if has_prologue else GUIDED)
-        reconstruction = json.loads(self.script("fid.py", "--json", "--tokenizer",
-                                                self.out / "tokenizer.safetensors"))
+        reconstruction = json.loads((tokenizer.parent / "rfid.json").read_text())
+        nats_prologue = last_value(log2, "val_nats_prologue")
+        plain_axes = PLAIN if nats_prologue is None else PLAIN_PROLOGUE
+        guided_axes = GUIDED if nats_prologue is None else GUIDED_PROLOGUE
+        plain = self.best("plain", plain_axes, tokenizer, "--no_cfg")
+        guided = {"fid": None, "class_consistency": None, "settings": None}
+        if self.row.classes:
+            guided = self.best("guided", guided_axes, tokenizer)
+        learned = self.row.prologue == "learned"
         return {
-            "row": self.row,
+            "row": self.name,
             "seed": self.seed,
             "rfid": reconstruction["rfid"],
             "psnr": reconstruction["psnr"],
-            "nats_prologue": last_value(log2, "val_nats_prologue", default=0.0),
+            "nats_prologue": nats_prologue or 0.0,
             "nats_visual": last_value(log2, "val_nats_visual"),
             "gfid_no_cfg": plain["fid"],
             "gfid": guided["fid"],
-            "consistency_no_cfg": plain["class_consistency"],
+            "consistency_no_cfg": plain["class_consistency"] if self.row.classes else None,
             "consistency": guided["class_consistency"],
             "settings_no_cfg": plain["settings"],
             "settings": guided["settings"],
-            "perplexity_prologue": last_value(log1, "val_perplexity_prologue"),
+            "perplexity_prologue": last_value(log1, "val_perplexity_prologue") if learned else None,
             "perplexity_visual": last_value(log1, "val_perplexity_visual"),
         }
 
 
 def run_cells(args):
     """Runs the cells of the groups, --jobs at a time."""
-    cells = []
-    for group in args.groups:
+    cells = {}
+    for rows in GROUPS.values():
         for seed in args.seeds:
-            cells += [Cell(row, flags, seed, args) for row, flags in GROUPS[group].items()]
-    tokenizer_2d = {seed: threading.Event() for seed in args.seeds}  # post starts from it
-
-    def work(cell):
-        if cell.row == "post":
-            tokenizer_2d[cell.seed].wait()
-        try:
-            cell.run()
-        finally:
-            if cell.row == "2d":
-                tokenizer_2d[cell.seed].set()
-
+            for name, row in rows.items():
+                cells[name, seed] = Cell(name, row, seed, args, cells)
+    chosen = [cells[name, seed] for group in args.groups for seed in args.seeds
+              for name in GROUPS[group]]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(work, cells))
+        list(pool.map(Cell.run, chosen))
 
 
 # The report

@@ -32,6 +32,8 @@ STAGE1 = {
                           paper_hours=30 * 8),
     "Prologue-Large": dict(size="L", perceptual="convnext", steps=1_000_000, batch_size=256,
                            paper_hours=44 * 8),
+    "one_gpu, stage 1": dict(size="S", perceptual="vgg", steps=200_000, batch_size=256,
+                             paper_hours=None),
 }
 STAGE2 = {
     "AR B-B": dict(tokenizer="B", size="B", steps=1_000_000, batch_size=512, paper_hours=13 * 8),
@@ -40,6 +42,7 @@ STAGE2 = {
     "AR L-B": dict(tokenizer="L", size="B", steps=500_000, batch_size=2048, paper_hours=None),
     "AR L-L": dict(tokenizer="L", size="L", steps=500_000, batch_size=2048, paper_hours=25 * 8),
     "AR L-XL": dict(tokenizer="L", size="XL", steps=593_750, batch_size=2048, paper_hours=25 * 32),
+    "one_gpu, AR": dict(tokenizer="S", size="B", steps=125_000, batch_size=512, paper_hours=None),
 }
 
 
@@ -53,10 +56,11 @@ def cost_of_stage1(size, network, side):
     """
     batch = 2
     tokenizer = Tokenizer(TokenizerConfig(**SIZES[size]))
+    image_size = tokenizer.cfg.image_size
     ar = AR(ARConfig.for_tokenizer(tokenizer.cfg, num_classes=0, **ar_file.SIZES["S"]))
     stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
     gan = Discriminator(64)
-    x = torch.empty(batch, 3, 256, 256)
+    x = torch.empty(batch, 3, image_size, image_size)
     labels = torch.empty(batch, dtype=torch.int64)
     drop = torch.empty(batch, dtype=torch.bool)
 
@@ -94,14 +98,14 @@ def count(function, *args):
         return function(*args)
 
 
-def perceptual_network(name):
-    """The network, with random weights, and the side of its images."""
+def perceptual_network(name, image_size):
+    """The network, with random weights, and the side of the images that it sees."""
     if name == "convnext":
         network = torchvision.models.convnext_small().eval()
         side = 224
     else:
         network = torchvision.models.vgg16().features
-        side = 256
+        side = image_size
     return network.requires_grad_(False), side
 
 
@@ -125,7 +129,8 @@ def main():
           "| state, GB |")
     print("| --- " * 6 + "|")
     for name, row in STAGE1.items():
-        network, side = perceptual_network(row["perceptual"])
+        image_size = TokenizerConfig(**SIZES[row["size"]]).image_size
+        network, side = perceptual_network(row["perceptual"], image_size)
         flops, state = count(cost_of_stage1, row["size"], network, side)
         images = row["steps"] * row["batch_size"]
         print_row(name, flops, state, images, row["paper_hours"], args)
