@@ -273,6 +273,12 @@ def fingerprint(ar):
     return sha.hexdigest()[:16]
 
 
+def count_copies(batches):
+    """How many of the images in batches uint8 (n, H, W, 3) are exact copies of an earlier one."""
+    hashes = [hashlib.sha256(image.tobytes()).digest() for batch in batches for image in batch]
+    return len(hashes) - len(set(hashes))
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description="Draw images.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -419,10 +425,11 @@ def main():
 
         # One file of all parts
         if rank == 0:
+            copies = count_copies(np.load(part_file(folder, i)) for i in range(len(parts)))
             join_parts(target, "arr_0", folder, len(parts), arr_1=labels.numpy())
             with writing(out / "samples.json") as temporary:
                 temporary.write_text(json.dumps(how, indent=1) + "\n")
-            print(f"{target}: {args.num} images")
+            print(f"{target}: {args.num} images, {copies} of them copies of another")
 
     if world_size > 1:
         dist.barrier()

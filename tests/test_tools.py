@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import sample
 import sweep
 import watch
-from ar import AR
+from ar import AR, ARConfig
 from pretokenize import BUNDLED, Images
-from tokenizer import SIZES, InputError, Tokenizer, TokenizerConfig
+from tokenizer import SIZES, InputError, Tokenizer, TokenizerConfig, to_float, to_uint8
 
 SHIPPED = ROOT / "checkpoints" / "fashion_mnist"
 
@@ -335,6 +335,14 @@ def test_probe(monkeypatch, data, tmp_path, capsys):
 # The page
 
 
+def slider_minimum(page, label):
+    """The left end of the slider with that label, or None if the page has none."""
+    for block in page.blocks.values():
+        if getattr(block, "label", None) == label:
+            return block.minimum
+    return None
+
+
 def test_buttons_of_the_page():
     import demo
 
@@ -356,5 +364,43 @@ def test_buttons_of_the_page():
     # Where the prologue is the same, so is the noise, and thereby the picture
     assert np.array_equal(after[0], pictures[0])
 
+    # A picture of one's own: itself, its reconstruction, and drawings that keep its prologue
+    uploaded = Images(BUNDLED / "val").open(0)
+    x = to_float(torch.tensor(np.asarray(uploaded)).permute(2, 0, 1)[None])
+    codes = tokenizer.encode(x)
+    after, kept, table, _ = session.vary_picture("bag", 0, uploaded, 0, *chosen)
+    rows_kept, _, _, text = session.vary_picture("bag", 0, uploaded, 1, *chosen)
+    assert "the lower 1 of its 7 rows" in text
+    assert len(after) == len(rows_kept) == 5
+    assert torch.equal(kept, codes[:, :8].expand(3, -1))
+    assert table[2] == [3, *codes[0, :8].tolist()]
+    reconstruction = to_uint8(tokenizer.decode(codes))[0].numpy()
+    for shown in (after, rows_kept):
+        assert np.array_equal(shown[0], np.asarray(uploaded))
+        assert np.array_equal(shown[1], reconstruction)
+    for i, j in ((2, 3), (3, 4), (4, 2)):
+        assert not np.array_equal(after[i], after[j])
+    upper = reconstruction[:16].astype(int)
+    differences = [np.mean([np.abs(image[:16] - upper).mean() for image in shown[2:]])
+                   for shown in (after, rows_kept)]
+    assert differences[1] < differences[0] / 4
+    pictures, _, _, text = session.vary_picture("bag", 0, None, 0, *chosen)
+    assert len(pictures) == 3
+    assert "upload one" in text
+
     pytest.importorskip("gradio")
-    demo.build_page(session, sample.preset_settings("tiny"))
+    settings = sample.preset_settings("tiny")
+    assert slider_minimum(demo.build_page(session, settings), "share of rows to keep") == 0
+
+    # Without a prologue at least a row has to be kept, and 1d has no rows
+    sessions = {}
+    for layout in ("2d", "1d"):
+        plain = Tokenizer(TokenizerConfig(layout=layout, **SIZES["tiny"])).eval()
+        cfg = ARConfig.for_tokenizer(plain.cfg, layers=1, dim=32, head_dim=32, num_classes=2)
+        sessions[layout] = demo.Session(plain, AR(cfg).eval(), columns=2)
+    page = demo.build_page(sessions["2d"], settings)
+    lowest = slider_minimum(page, "share of rows to keep")
+    _, _, _, text = sessions["2d"].vary_picture("1", 0, uploaded, lowest, *chosen)
+    assert "the lower 6 of its 7 rows" in text
+    page = demo.build_page(sessions["1d"], settings)
+    assert slider_minimum(page, "share of rows to keep") is None

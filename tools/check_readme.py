@@ -104,7 +104,8 @@ def write_released(folder):
     shapes["dec"]["dec.out.bias"] = [3 * 7 * 7]
     shapes["ar"]["bos_emb.weight"] = [1001, 128]
     weights = [official_weights(shapes[part], part) for part in ("enc", "dec", "ar")]
-    write_pair(folder, "prologue-l-xl", *weights)
+    for name in ("prologue-l-xl", "prologue-l-b"):
+        write_pair(folder, name, *weights)
 
 
 def write_data(folder):

@@ -1,16 +1,17 @@
 """The paper's comparisons in miniature: every cell is a run of the ordinary scripts, and every row
 has the same budget.
 
-    python tools/claims.py --jobs 2                       # all groups, into claims/
-    python tools/claims.py no_classes long --seeds 0 1 2 --jobs 2
+    python tools/claims.py --jobs 2                       # all rows, into claims/
+    python tools/claims.py no_classes "tau = 1" --jobs 2  # a group and a single row
     python tools/claims.py --scale 10 --out claims10      # ten times the steps, for a GPU
     python tools/claims.py --report                       # only tables and plots of what is there
 
 A cell is a row with one seed. It trains a tokenizer on the bundled data, or takes that of another
 row, and an AR model on its tokens; tries as many sampling settings as every other cell (500 samples
 each); and measures the best of them on 2,000 samples of another seed. Cells that share a tokenizer
-train it once. A run that was stopped goes on where it was. Beside the cells, in --out, it writes
-claims_table.md, claims_lambda.png and claims_content.png to --results.
+train it once. A run that was stopped goes on where it was. Beside the cells, in --out, it writes to
+--results: claims_table.md; claims_rows.png, the gFIDs of all rows without classes;
+claims_samples.png, samples of 2d, post and prologue; and claims_lambda.png.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from scipy.cluster.vq import kmeans2, vq
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pretokenize import BUNDLED, Images
+from pretokenize import BUNDLED, Images, save_grid
 from tokenizer import InputError, real, whole, writing
 
 # What differs from the trainers' defaults, which are those of the demo
@@ -54,6 +55,7 @@ class Row:
     tokenizer: str = ""  # the row whose tokenizer is taken; then none is trained
     prologue: str = "learned"  # or what stands in its place, see other_prologue
     classes: bool = True  # whether the AR model is told the class
+    scale: float = 1.0  # of the steps of both stages
 
 
 # group: {name: row}
@@ -71,6 +73,7 @@ GROUPS = {
         "2d, no classes": Row(tokenizer="2d", classes=False),
         "prologue, no classes": Row(tokenizer="prologue", classes=False),
         "post, no classes": Row(tokenizer="post", classes=False),
+        "post, tau 1": Row("--layout post --tau 1", init="2d", classes=False),
         "constant": Row(tokenizer="post", prologue="constant", classes=False),
         "another image's": Row(tokenizer="post", prologue="shuffled", classes=False),
         "the class": Row(tokenizer="post", prologue="class", classes=False),
@@ -80,13 +83,15 @@ GROUPS = {
         "onestage, no classes": Row("--onestage --ar_size nano --no_classes", classes=False),
         "1d, no classes": Row(tokenizer="1d", classes=False),
     },
-    # Four times as many visual tokens, without classes
+    # Four times as many visual tokens, without classes, half the steps
     "long": {
-        "2d, patch 2": Row("--layout 2d --patch_size 2", classes=False),
-        "prologue, patch 2": Row("--patch_size 2", classes=False),
-        "post, patch 2": Row("--layout post", init="2d, patch 2", classes=False),
-        "constant, patch 2": Row(tokenizer="post, patch 2", prologue="constant", classes=False),
-        "k-means, patch 2": Row(tokenizer="post, patch 2", prologue="k-means 2", classes=False),
+        "2d, patch 2": Row("--layout 2d --patch_size 2", classes=False, scale=0.5),
+        "prologue, patch 2": Row("--patch_size 2", classes=False, scale=0.5),
+        "post, patch 2": Row("--layout post", init="2d, patch 2", classes=False, scale=0.5),
+        "constant, patch 2": Row(tokenizer="post, patch 2", prologue="constant", classes=False,
+                                 scale=0.5),
+        "the class, patch 2": Row(tokenizer="post, patch 2", prologue="class", classes=False,
+                                  scale=0.5),
     },
     "direct": {
         "2d, direct CE 0.03": Row("--layout 2d --direct_ce --tau 1 --ce_weight 0.03"),
@@ -207,16 +212,28 @@ def as_flags(settings):
 class Cell:
     """One row with one seed; everything that it makes is in the folder self.out."""
 
-    def __init__(self, name, row, seed, args, cells):
+    def __init__(self, name, row, seed, out, threads, scale, cells):
         self.name = name
         self.row = row
         self.seed = seed
-        self.args = args
-        self.cells = cells  # {(name, seed): Cell}, for the tokenizers of others
         folder = name.replace(" ", "").replace(",", "_").replace("=", "").replace("'", "")
-        self.out = Path(args.out) / f"{folder}-s{seed}"
-        self.threads = max(1, os.cpu_count() // args.jobs)
+        self.out = Path(out) / f"{folder}-s{seed}"
+        self.threads = threads
+        self.scale = scale * row.scale  # of the steps
+        self.cells = cells  # {(name, seed): Cell}, for the tokenizers of others
         self.lock = threading.Lock()  # while the tokenizer is trained
+
+    def tokenizer_folder(self):
+        """The folder with the tokenizer and its tokens."""
+        if self.row.tokenizer:
+            return self.cells[self.row.tokenizer, self.seed].out
+        return self.out
+
+    def codes_folder(self):
+        """The folder with the tokens that the AR model is trained on."""
+        if self.row.prologue == "learned":
+            return self.tokenizer_folder()
+        return self.out
 
     def script(self, name, *flags):
         """Runs a script, with what it prints in cell.log, and returns its last line. Raises
@@ -238,8 +255,8 @@ class Cell:
         seconds = self.out / f"{name}.seconds"
         if seconds.exists():
             return
-        steps = int(settings["steps"] * self.args.scale)
-        hold = int(settings["hold"] * self.args.scale)
+        steps = int(settings["steps"] * self.scale)
+        hold = int(settings["hold"] * self.scale)
         settings = settings | dict(steps=steps, hold=hold)
         start = time.perf_counter()
         self.script(name, "--out", self.out, "--seed", self.seed, "--resume", "--log_every", 50,
@@ -250,17 +267,18 @@ class Cell:
         seconds.write_text(str(time.perf_counter() - start))
 
     def train_tokenizer(self):
-        """Stage 1, the tokens and rFID, unless they are there. Returns the folder that has them,
-        which is that of another cell if the row says so."""
+        """Stage 1, the tokens and rFID, unless they are there."""
         if self.row.tokenizer:
-            return self.cells[self.row.tokenizer, self.seed].train_tokenizer()
+            self.cells[self.row.tokenizer, self.seed].train_tokenizer()
+            return
         with self.lock:
             self.out.mkdir(parents=True, exist_ok=True)
             tokenizer = self.out / "tokenizer.safetensors"
             flags = self.row.flags.split()
             if self.row.init:
-                frozen = self.cells[self.row.init, self.seed].train_tokenizer()
-                flags += ["--init", frozen / "tokenizer.safetensors"]
+                frozen = self.cells[self.row.init, self.seed]
+                frozen.train_tokenizer()
+                flags += ["--init", frozen.out / "tokenizer.safetensors"]
             self.train("train_stage1.py", STAGE1, "--num_workers", 0, *flags)
             if not (self.out / "codes_val.npz").exists():
                 self.script("pretokenize.py", "--out", self.out, "--num_workers", 0)
@@ -268,7 +286,6 @@ class Cell:
                 scores = self.script("fid.py", "--json", "--tokenizer", tokenizer)
                 with writing(self.out / "rfid.json") as temporary:
                     temporary.write_text(scores)
-        return self.out
 
     def best(self, name, axes, tokenizer, *flags):
         """Tries the settings `axes` on 500 samples and measures the best on 2,000 others. Returns
@@ -295,19 +312,19 @@ class Cell:
         if (self.out / "cell.json").exists():
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        source = self.train_tokenizer()
+        self.train_tokenizer()
+        source = self.tokenizer_folder()
         tokenizer = source / "tokenizer.safetensors"
         log1 = source / "train_stage1.jsonl"
         log2 = log1
 
         # Stage 2
         if "--onestage" not in self.row.flags:
-            codes = source / "codes.npz"
             if self.row.prologue != "learned":
                 write_tokens(source, self.out, self.row.prologue, self.seed)
-                codes = self.out / "codes.npz"
             flags = [] if self.row.classes else ["--no_classes"]
-            self.train("train_ar.py", STAGE2, "--tokenizer", tokenizer, "--codes", codes, *flags)
+            self.train("train_ar.py", STAGE2, "--tokenizer", tokenizer,
+                       "--codes", self.codes_folder() / "codes.npz", *flags)
             log2 = self.out / "train_ar.jsonl"
 
         cell = self.measure(tokenizer, log1, log2)
@@ -346,15 +363,24 @@ class Cell:
         }
 
 
-def run_cells(args):
-    """Runs the cells of the groups, --jobs at a time."""
+def build_cells(out, seeds, threads, scale=1.0):
+    """{(name of a row, seed): Cell} of all groups."""
     cells = {}
     for rows in GROUPS.values():
-        for seed in args.seeds:
-            for name, row in rows.items():
-                cells[name, seed] = Cell(name, row, seed, args, cells)
-    chosen = [cells[name, seed] for group in args.groups for seed in args.seeds
-              for name in GROUPS[group]]
+        for name, row in rows.items():
+            for seed in seeds:
+                cells[name, seed] = Cell(name, row, seed, out, threads, scale, cells)
+    return cells
+
+
+def run_cells(args):
+    """Runs the chosen cells, --jobs at a time."""
+    threads = max(1, os.cpu_count() // args.jobs)
+    cells = build_cells(args.out, args.seeds, threads, args.scale)
+    names = []
+    for word in args.rows:
+        names += GROUPS.get(word, [word])
+    chosen = [cells[name, seed] for seed in args.seeds for name in names]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(Cell.run, chosen))
 
@@ -367,6 +393,7 @@ def read_cells(out):
     cells = {}
     for path in sorted(Path(out).glob("*/cell.json")):
         cell = json.loads(path.read_text())
+        cell["folder"] = path.parent
         cells.setdefault(cell["row"], []).append(cell)
     if not cells:
         raise InputError(f"{out} holds no finished cell (*/cell.json), so there is nothing to "
@@ -388,14 +415,14 @@ def mean_text(cells, key):
 
 
 def save_table(path, cells):
-    """A table for each group, with the rows 2d and prologue at its head."""
+    """A table for each group."""
     lines = ["# Cells of tools/claims.py", "",
-             "Written by `python tools/claims.py --report`. Mean (seed 0, seed 1)."]
+             "Written by `python tools/claims.py --report`. Mean (seed 0, seed 1, ...)."]
     for group, rows in GROUPS.items():
         lines += ["", f"## {group}", ""]
         lines.append(f"| row | seeds | {' | '.join(COLUMNS)} |")
         lines.append("| --- " * (len(COLUMNS) + 2) + "|")
-        for row in dict.fromkeys(["2d", "prologue", *rows]):  # each once
+        for row in rows:
             if row not in cells:
                 lines.append(f"| {row} | not run |" + " |" * len(COLUMNS))
                 continue
@@ -439,49 +466,35 @@ def save_lambda_plot(path, cells):
         figure.savefig(temporary, format="png", dpi=90)
 
 
-def save_content_plot(path, cells):
-    """gFID without CFG over what the prologue holds: a point for each cell whose tokenizer is
-    two-dimensional and sound.
-    """
+def save_rows_plot(path, cells):
+    """gFID of the rows without classes: a dot for each seed and a line for the mean."""
     from matplotlib.figure import Figure
 
-    rows = {
-        "2d": ["2d", "2d, direct CE 0.03", "2d, direct CE 0.3"],
-        "post": ["post"],
-        "prologue": ["prologue", "prologue, lambda 1", "prologue, lambda 6", *GROUPS["ablations"]],
-    }
-    figure = Figure(figsize=(5.5, 4), layout="tight")
-    axis = figure.subplots()
-    with_prologue = []
-    for name, members in rows.items():
-        group = [cell for row in members for cell in cells.get(row, [])]
-        if not group:
-            continue
-        if name != "2d":
-            with_prologue += group
-        nats = [cell["nats_prologue"] for cell in group]
-        gfid = [cell["gfid_no_cfg"] for cell in group]
-        axis.plot(nats, gfid, "o", label=f"{name}, {len(group)} cells")
-        print(f"{name}: {len(group)} cells, gFID without CFG {sum(gfid) / len(gfid):.2f} "
-              f"({min(gfid):.2f} to {max(gfid):.2f})")
-    axis.set(xlabel="nats of the prologue, held out", ylabel="gFID without CFG")
-    axis.legend()
+    groups = {group: [name for name in GROUPS[group] if name in cells]
+              for group in ("no_classes", "long")}
+    figure = Figure(figsize=(11, 4), layout="tight")
+    for axis, names in zip(figure.subplots(1, 2), groups.values()):
+        for place, name in enumerate(names):
+            values = [cell["gfid_no_cfg"] for cell in cells[name]]
+            mean = sum(values) / len(values)
+            axis.plot(values, [place] * len(values), "o", color="C0")
+            axis.plot([mean, mean], [place - 0.3, place + 0.3], color="C1")
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set(xlabel="gFID, at the best temperatures")
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
-    print_correlations(with_prologue)
 
 
-def print_correlations(cells):
-    """Whether more in the prologue goes with a lower gFID."""
-    from scipy.stats import spearmanr
-
-    if len(cells) < 3:
-        return
-    nats = [cell["nats_prologue"] for cell in cells]
-    for key in ("gfid_no_cfg", "gfid"):
-        test = spearmanr(nats, [cell[key] for cell in cells])
-        print(f"rank correlation of the prologue's nats with {key}, {len(cells)} cells: "
-              f"{test.statistic:.2f} p {test.pvalue:.3f}")
+def save_samples(path, cells):
+    """Two rows of samples of each layout without classes, at its best temperatures, seed 0; images
+    in the same place have the same noise."""
+    rows = []
+    for name in ("2d, no classes", "post, no classes", "prologue, no classes"):
+        with np.load(cells[name][0]["folder"] / "plain" / "samples.npz") as file:
+            images = file["arr_0"][:32]
+        rows += [images[:16], images[16:]]
+    save_grid(path, rows)
 
 
 def report(args):
@@ -493,26 +506,31 @@ def report(args):
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError("the plots need matplotlib: pip install matplotlib") from None
-    save_lambda_plot(results / "claims_lambda.png", cells)
-    save_content_plot(results / "claims_content.png", cells)
+    if "2d, no classes" in cells:
+        save_rows_plot(results / "claims_rows.png", cells)
+    if {"2d, no classes", "post, no classes", "prologue, no classes"} <= cells.keys():
+        save_samples(results / "claims_samples.png", cells)
+    if not cells.keys().isdisjoint(GROUPS["direct"]):
+        save_lambda_plot(results / "claims_lambda.png", cells)
 
 
 def main():
     parser = argparse.ArgumentParser(description="The paper's comparisons in miniature.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("groups", nargs="*", default=list(GROUPS), metavar="GROUP",
-         help=f"some of {', '.join(GROUPS)}")
-    flag("--seeds", type=whole(0), nargs="+", default=[0, 1], help="one cell for each")
+    flag("rows", nargs="*", default=list(GROUPS), metavar="ROW",
+         help=f"names of rows, or of their groups {', '.join(GROUPS)}")
+    flag("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="one cell for each")
     flag("--scale", type=real(1e-3), default=1.0, help="factor on the steps of both stages")
     flag("--jobs", type=whole(1), default=1, help="cells at a time; they share the cores")
     flag("--out", default="claims", help="folder of the cells")
     flag("--results", default=str(ROOT / "results"), help="folder of the table and the plots")
     flag("--report", action="store_true", help="only report what is there")
     args = parser.parse_args()
-    for group in args.groups:
-        if group not in GROUPS:
-            parser.error(f"there is no group {group!r}; choose some of {', '.join(GROUPS)}")
+    known = {*GROUPS, *(name for rows in GROUPS.values() for name in rows)}
+    for word in args.rows:
+        if word not in known:
+            parser.error(f"there is no row or group {word!r}; choose some of {sorted(known)}")
     if not args.report:
         run_cells(args)
     report(args)

@@ -1,5 +1,5 @@
 """A page in the browser: draw images, keep a prologue and draw the rest anew, change single
-prologue tokens.
+prologue tokens, draw variations of a picture of one's own.
 
     pip install gradio
     python tools/demo.py                    # the pair in out/, else the shipped one
@@ -14,8 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from pretokenize import center_crop
 from sample import PRESETS, decode, draw, load_pair, pack_for_cpu, preset_settings
-from tokenizer import InputError, whole
+from tokenizer import InputError, to_float, to_uint8, whole
 
 # The settings that have a slider, and its ends
 SLIDERS = {
@@ -31,7 +32,8 @@ class Session:
     """What the buttons do. The page keeps what they return: pictures, the prologue of each (n, K),
     the table of these, the seed, and a sentence.
 
-    chosen: the values of SLIDERS, in their order. picture and position count from 1.
+    chosen: the values of SLIDERS, in their order. picture and position count from 1. uploaded: a
+    PIL image in RGB. share: of its rows, from the top, that are kept.
     """
 
     def __init__(self, tokenizer, ar, columns):
@@ -41,13 +43,14 @@ class Session:
         self.names = ar.cfg.classes or [str(i) for i in range(ar.cfg.num_classes)]
 
     @torch.no_grad()
-    def paint(self, label, seed, chosen, prologue=None):
-        """Pictures, their prologues (n, K), and the table of these; drawn with `prologue` (n, K) if
-        it is given."""
+    def paint(self, label, seed, chosen, prologue=None, visual=None):
+        """Pictures, their prologues (n, K), and the table of these; drawn with `prologue` (n, K)
+        and behind the visual codes (n, m) if they are given."""
         n = self.columns
         labels = torch.full((n,), self.names.index(label))
         settings = dict(zip(SLIDERS, chosen))
-        codes = draw(self.ar, labels, range(n), int(seed), n, settings, prologue)  # (n, K+N)
+        codes = draw(self.ar, labels, range(n), int(seed), n, settings, prologue,
+                     visual)  # (n, K+N)
         images = decode(self.tokenizer, codes, n)  # (n, H, W, 3)
         prologue = codes[:, : self.ar.cfg.num_prologue].cpu()
         table = [[i + 1, *row] for i, row in enumerate(prologue.tolist())]
@@ -76,12 +79,32 @@ class Session:
                 "behind the visual tokens is the same as before.")
         return pictures, prologue, table, text
 
+    @torch.no_grad()
+    def vary_picture(self, label, seed, uploaded, share, *chosen):
+        if uploaded is None:
+            pictures, prologue, table, _ = self.resample_all(label, seed, *chosen)
+            return pictures, prologue, table, "There is no picture of yours yet: upload one."
+        cfg = self.tokenizer.cfg
+        k = cfg.num_prologue
+        rows = min(round(share * cfg.grid), cfg.grid - 1)  # as sample.py's --keep
+        crop = torch.tensor(center_crop(uploaded, cfg.image_size))  # (H, W, 3)
+        x = to_float(crop.permute(2, 0, 1)[None]).to(self.ar.head.weight.device)
+        codes = self.tokenizer.encode(x)  # (1, K+N)
+        kept = codes.expand(self.columns, -1)
+        prologue = kept[:, :k] if k > 0 else None
+        visual = kept[:, k : k + rows * cfg.grid]
+        pictures, prologue, table = self.paint(label, seed, chosen, prologue, visual)
+        pictures = [crop.numpy(), to_uint8(self.tokenizer.decode(codes))[0].numpy(), *pictures]
+        text = (f"Your picture, its reconstruction, and pictures with the lower {cfg.grid - rows} "
+                f"of its {cfg.grid} rows of patches drawn anew.")
+        return pictures, prologue, table, text
+
 
 def build_page(session, settings):
     """The gradio page; settings are where the sliders start."""
     import gradio
 
-    cfg = session.ar.cfg
+    cfg = session.tokenizer.cfg
     k = cfg.num_prologue
     with gradio.Blocks(title="Prologue") as page:
         gradio.Markdown("# Prologue\nAn image is *[prologue tokens] + [visual tokens]*. Draw, keep "
@@ -95,7 +118,7 @@ def build_page(session, settings):
             for name, (low, high) in SLIDERS.items():
                 sliders.append(gradio.Slider(low, high, settings[name], label=name))
         draw_all = gradio.Button("resample all", variant="primary")
-        pictures = gradio.Gallery(columns=session.columns, height=160, label="pictures",
+        pictures = gradio.Gallery(columns=session.columns + 2, height=160, label="pictures",
                                   object_fit="contain")
         text = gradio.Markdown()
         headers = ["picture"] + [f"p{i + 1}" for i in range(k)]
@@ -115,6 +138,16 @@ def build_page(session, settings):
             change.click(session.change_token,
                          [label, seed, picture, position, code, prologue, *sliders],
                          [pictures, prologue, table, text])
+        if cfg.layout != "1d":  # it has neither a prologue nor rows of patches that could be kept
+            lowest = 0 if k > 0 else 1 / cfg.grid
+            with gradio.Row():
+                uploaded = gradio.Image(type="pil", sources=["upload", "clipboard"], height=200,
+                                        label="a picture of your own")
+                with gradio.Column():
+                    share = gradio.Slider(lowest, 1, lowest, label="share of rows to keep")
+                    vary = gradio.Button("draw the rest of your picture anew")
+            vary.click(session.vary_picture, [label, seed, uploaded, share, *sliders],
+                       [pictures, prologue, table, text])
     return page
 
 
