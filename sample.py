@@ -429,7 +429,7 @@ def main():
             join_parts(target, "arr_0", folder, len(parts), arr_1=labels.numpy())
             with writing(out / "samples.json") as temporary:
                 temporary.write_text(json.dumps(how, indent=1) + "\n")
-            print(f"{target}: {args.num} images, {copies} of them copies of another")
+            print(f"{target}: {args.num} images, {copies} of them exact copies of an earlier one")
 
     if world_size > 1:
         dist.barrier()

@@ -134,10 +134,13 @@ def build_model(args, tokens, tokenizer, rank):
 
 def class_embeddings(old, old_classes, classes):
     """Class embeddings `old` (old classes + 1, D) -> (classes + 1, D). A class keeps its own, a new
-    one starts as the mean of all; the last row, which means unconditional, stays the last."""
-    mean = old[:-1].mean(0)
+    one starts as the mean of all, or as the unconditional one if there were no classes. The last
+    row, which means unconditional, stays the last."""
+    start = old[-1]
+    if len(old) > 1:
+        start = old[:-1].mean(0)
     known = dict(zip(old_classes, old))
-    rows = [known.get(name, mean) for name in classes]
+    rows = [known.get(name, start) for name in classes]
     return torch.stack([*rows, old[-1]])
 
 
@@ -303,7 +306,7 @@ def parse_args():
     flag("--tokenizer",
          help="tokenizer file that made the codes; by default tokenizer.safetensors in --out")
     flag("--no_classes", action="store_true",
-         help="an unconditional model: all images count as one class")
+         help="an unconditional model: all images count as one class; draw from it with --no_cfg")
     flag("--size", default="tiny", choices=SIZES, help="of the AR model")
     flag("--init", metavar="AR",
          help="AR file whose weights to start from; its size counts, its classes may be others")
@@ -453,9 +456,9 @@ def main():
     # The loop
     wandb_run = None
     if rank == 0:
-        start_log(out / "train_ar.jsonl", start_step)
-        if args.wandb:
+        if args.wandb and start_step < args.steps:
             wandb_run = start_wandb(args, "train_ar")
+        start_log(out / "train_ar.jsonl", start_step)
     ar.train()
     skipped = torch.zeros((), device=device)  # steps in a row
     asked_to_stop = torch.zeros(1)
@@ -532,7 +535,7 @@ def main():
             clock = time.perf_counter()
             clock_step = step
 
-        # The first step compiles, allocates and tunes: it does not count in images_per_s
+        # The first step compiles, allocates and tunes: later lines leave it out of images_per_s
         if step == start_step + 1:
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -226,8 +226,9 @@ def pretrained(build):
 
 
 def build_tokenizer(args):
-    """A new tokenizer; or that of --init, which goes on or, if it is a 2d one, gets a prologue by
-    the layout post."""
+    """A new tokenizer, or one that starts from the weights of --init. The layout post adds a
+    prologue to a 2d one; encoder, visual quantizer and decoder are then frozen. Raises InputError
+    where --init does not fit the other flags."""
     flags = {name: getattr(args, name) for name in MODEL_FLAGS}
     changed = {name: value for name, value in flags.items() if value is not None}
     cfg = TokenizerConfig(**SIZES[args.size], layout=args.layout)
@@ -238,7 +239,8 @@ def build_tokenizer(args):
     may_change = {"tau"}
     if args.layout == "post" and old.cfg.layout == "2d":
         may_change = {"tau", "num_prologue", "prologue_codebook_size"}
-        cfg = replace(old.cfg, layout="post", post=cfg.post, num_prologue=cfg.num_prologue,
+        cfg = replace(old.cfg, layout="post", post=cfg.post, tau=cfg.tau,
+                      num_prologue=cfg.num_prologue,
                       prologue_codebook_size=cfg.prologue_codebook_size)
     elif args.layout == old.cfg.layout:
         cfg = old.cfg
@@ -273,6 +275,9 @@ def build_models(args, classes):
         if old.cfg.num_classes != len(classes):
             raise InputError(f"--init_ar {args.init_ar} knows {old.cfg.num_classes} classes, here "
                              f"are {len(classes)} (none without --onestage)")
+        if old.cfg.classes not in ([], classes):
+            raise InputError(f"--init_ar {args.init_ar} was trained on the classes "
+                             f"{old.cfg.classes[:3]}..., {args.data} has {classes[:3]}...")
         size = dict(layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim)
     ar_cfg = ARConfig.for_tokenizer(tokenizer.cfg, num_classes=len(classes), classes=classes,
                                     **size)
@@ -543,15 +548,16 @@ def parse_args():
     flag("--size", default="tiny", choices=SIZES, help="of encoder and decoder")
     flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
     flag("--init", metavar="TOKENIZER",
-         help="tokenizer file to go on from; the layout post adds a prologue to a trained 2d one")
+         help="tokenizer file to go on from, whose size counts; the layout post adds a prologue to "
+         "a trained 2d one")
     flag("--image_size", type=whole(1),
-         help="side of the square in pixels; like the next six by default that of --size or --init")
+         help="side of the square in pixels; like the next five by default of --size or --init")
     flag("--patch_size", type=whole(1), help="side in pixels; each patch is a visual token")
     flag("--codebook_size", type=whole(2), help="visual codes V")
     flag("--code_dim", type=whole(1), help="dimensions of a code")
     flag("--num_prologue", type=whole(1), help="prologue tokens K")
     flag("--prologue_codebook_size", type=whole(2), help="prologue codes P")
-    flag("--tau", type=real(1e-3), help="temperature of Prob-STE, by default 0.1")
+    flag("--tau", type=real(1e-3), help="temperature of Prob-STE, by default 0.1 if new")
 
     # Joint AR model
     flag("--ar_size", default="nano", choices=ar_file.SIZES, help="of the joint AR model")
@@ -560,7 +566,7 @@ def parse_args():
     flag("--onestage", action="store_true",
          help="the AR model is the final one: it sees the classes, there is no stage 2")
     flag("--no_classes", action="store_true",
-         help="--onestage without classes: all images count as one class")
+         help="--onestage without classes: all images count as one class; draw with --no_cfg")
     flag("--direct_ce", action="store_true",
          help="layouts 1d and 2d: cross-entropy on the visual tokens themselves (Fig. 5)")
     flag("--ce_weight", type=real(0), default=3.0,
@@ -620,6 +626,10 @@ def parse_args():
         parser.error("--direct_ce is for the layouts 1d and 2d")
     if args.onestage and args.layout not in ("prologue", "post"):
         parser.error("--onestage is for the layouts prologue and post")
+    if args.no_classes and not args.onestage:
+        parser.error("--no_classes goes with --onestage; else the joint AR model knows no classes")
+    if args.init_ar and args.layout in ("1d", "2d") and not args.direct_ce:
+        parser.error("--init_ar: the layouts 1d and 2d have an AR model only with --direct_ce")
     if args.layout == "post":
         args.perceptual = "none"  # only CE trains it, there is no reconstruction to judge
         args.gan_weight = 0.0
@@ -770,9 +780,9 @@ def main():
     # The loop
     wandb_run = None
     if rank == 0:
-        start_log(out / "train_stage1.jsonl", start_step)
-        if args.wandb:
+        if args.wandb and start_step < args.steps:
             wandb_run = start_wandb(args, "train_stage1")
+        start_log(out / "train_stage1.jsonl", start_step)
     stage1.train()
     zero = torch.zeros((), device=device)
     skipped = torch.zeros((), device=device)  # steps in a row
@@ -900,7 +910,7 @@ def main():
             clock = time.perf_counter()
             clock_step = step
 
-        # The first step compiles, allocates and tunes: it does not count in images_per_s
+        # The first step compiles, allocates and tunes: later lines leave it out of images_per_s
         if step == start_step + 1:
             if device.type == "cuda":
                 torch.cuda.synchronize()

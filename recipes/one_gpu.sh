@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# ImageNet, or any folder (DATA), at 128 x 128 on one GPU of 24 GB: a tokenizer of half of Base's
-# depth, 16 prologue tokens of 1,024 codes, 256 visual tokens of 4,096 codes, and AR-B on them.
+# ImageNet, or any folder DATA with train/ and val/, at 128 x 128 on one GPU of 24 GB: a tokenizer of
+# half of Base's depth, 16 prologue tokens of 1,024 codes, 256 visual tokens of 4,096 codes, and AR-B
+# on them.
 #
 # Not from the paper, and not run yet: the settings are those of prologue_b.sh and ar_b_b.sh, with
 # fewer images (40 epochs of ImageNet for the tokenizer, 50 for the AR model). tools/cost.py says
 # what it costs on paper. A card without bf16 (before Ampere) needs smaller micro-batches.
 #
-# Started again it goes on where it was stopped. Flags given to it go to train_stage1.py, AR_FLAGS to
-# train_ar.py.
+# Started again it goes on where it was stopped. Flags given to it go to train_stage1.py, those in
+# AR_FLAGS to train_ar.py.
 set -e
 cd "$(dirname "$0")/.."
 LAUNCH=${LAUNCH:-python}

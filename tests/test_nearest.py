@@ -82,7 +82,7 @@ def test_copies_are_found_whatever_the_batch_size(monkeypatch, capsys, folder, t
     assert np.array_equal(grid[:, 1:], train[order])
 
     # The numbers
-    assert "6 images, 1 of them copies of another" in lines[0]
+    assert "6 images, 1 of them exact copies of an earlier one" in lines[0]
     median = float(lines[3].removeprefix("  of 6 samples: "))
     assert median == pytest.approx(np.median(distances.min(1)), abs=0.006)
     images = Images(folder / "val")
@@ -95,8 +95,8 @@ def test_copies_are_found_whatever_the_batch_size(monkeypatch, capsys, folder, t
 
 
 def test_distances_of_copies_are_0(folder):
-    train = nearest.pixel_rows(torch.from_numpy(training_images(folder)))
-    samples = nearest.pixel_rows(torch.from_numpy(np.load(folder / "samples.npz")["arr_0"]))
+    train = nearest.pixel_vectors(torch.from_numpy(training_images(folder)))
+    samples = nearest.pixel_vectors(torch.from_numpy(np.load(folder / "samples.npz")["arr_0"]))
     distances, numbers = nearest.nearest(samples, train.split(8), 40)
     assert distances.shape == numbers.shape == (6, 30)  # there are no more than 30
     assert numbers[[0, 1, 5], 0].tolist() == [4, 17, 29]
@@ -109,10 +109,10 @@ def test_distances_of_copies_are_0(folder):
 
 
 def test_by_features_and_without_held_out_images(monkeypatch, capsys, folder, tmp_path):
-    """--count and --num leave samples out; the picture is of the first and the last."""
+    """--num and --rows leave samples out; the picture is of the first and the last."""
     shutil.copytree(folder / "train", tmp_path / "mine")
     lines = run(monkeypatch, capsys, nearest, folder / "samples.npz", "--data", tmp_path / "mine",
-                "--by", "features", "--count", 1, "--num", 2, "--columns", 1, "--out", tmp_path)
+                "--by", "features", "--num", 1, "--rows", 2, "--columns", 1, "--out", tmp_path)
     grid = cells(tmp_path / "nearest.png")
     train = training_images(folder)
     assert np.array_equal(grid, train[[[4, 4], [29, 29]]])
@@ -136,7 +136,7 @@ def test_sample_py_counts_copies_over_its_parts(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sample, "PART_SIZE", 5)
     cold = ("--temperature", 0.001, "--temperature_prologue", 0.001, "--columns", 1)
     lines = run(monkeypatch, capsys, sample, "--num", 12, *cold, "--out", tmp_path)
-    assert lines[-1] == f"{tmp_path / 'samples.npz'}: 12 images, 2 of them copies of another"
+    assert "samples.npz: 12 images, 2 of them exact copies of an earlier one" in lines[-1]
 
 
 def test_samples_learned_by_heart_are_what_the_tokenizer_makes_of_images(monkeypatch, capsys,

@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 from ar import AR
 from pretokenize import Images, center_crop
 from tokenizer import Tokenizer, to_float
+from train_ar import Tokens
 
 TEMPORARY = tempfile.TemporaryDirectory()  # gone when the tests end
 STAGE1 = ["--batch_size", 8, "--warmup", 1, "--hold", 1000, "--eval_images", 8, "--eval_every", 100,
@@ -222,8 +223,11 @@ def test_variants_train_on_two_ranks_and_what_they_leave_is_of_use(tmp_path):
     }
     for name, flags in variants.items():
         run("train_stage1.py", *data, *flags, "--out", tmp_path / name, ranks=2)
+    for name in ("2d", "post", "1d"):  # and each goes on
+        begin = ["--init", tmp_path / name / "tokenizer.safetensors"]
+        run("train_stage1.py", *data, *variants[name], *begin, "--out", tmp_path / f"{name}_on")
     a = Tokenizer.load(frozen)
-    b = Tokenizer.load(tmp_path / "post" / "tokenizer.safetensors")
+    b = Tokenizer.load(tmp_path / "post_on" / "tokenizer.safetensors")
     pixels = np.asarray(Images(folder() / "val").open(0))
     x = to_float(torch.from_numpy(pixels).permute(2, 0, 1)[None])
     assert torch.equal(a.encode(x), b.encode(x)[:, 8:])  # post leaves the visual codes as they were
@@ -251,6 +255,14 @@ def test_init_goes_on_with_other_classes_and_other_images(tmp_path):
                                torch.stack([(cat + dog) / 2, dog, unconditional]))
     assert torch.equal(before.embedding.weight, after.embedding.weight)
     assert torch.equal(before.head.weight, after.head.weight)
+
+    # A model that knew no classes
+    run("train_ar.py", "--codes", tmp_path / "codes.npz", "--tokenizer",
+        out / "tokenizer.safetensors", "--init", out / "joint_ar.safetensors", "--out", tmp_path,
+        *STAGE2, *still)
+    cow, dog, unconditional = AR.load(tmp_path / "ar.safetensors").bos.weight
+    assert torch.equal(cow, unconditional)
+    assert torch.equal(dog, unconditional)
 
     run("train_stage1.py", "--data", folder() / "val", "--init", out / "tokenizer.safetensors",
         "--init_ar", out / "joint_ar.safetensors", "--out", tmp_path, *STAGE1, *still)
@@ -291,10 +303,16 @@ def test_wandb_gets_every_line_of_the_log(tmp_path):
 
 
 def test_without_classes_all_images_are_of_one(tmp_path):
-    folder = stage2_folder(tmp_path / "out")
-    run("train_ar.py", "--out", folder, "--no_classes", "--steps", 1, *STAGE2)
-    assert AR.load(folder / "ar.safetensors").cfg.classes == ["all"]
-    run("sample.py", "--out", folder, "--num", 2)
+    out = stage2_folder(tmp_path / "out")
+    run("train_ar.py", "--out", out, "--no_classes", "--steps", 1, *STAGE2)
+    assert AR.load(out / "ar.safetensors").cfg.classes == ["all"]
+    run("sample.py", "--out", out, "--no_cfg", "--num", 2)
+    run("train_stage1.py", "--data", folder() / "train", "--out", tmp_path / "one", "--onestage",
+        "--no_classes", "--steps", 1, *STAGE1)
+    assert AR.load(tmp_path / "one" / "ar.safetensors").cfg.classes == ["all"]
+    for source in (Tokens(out / "codes.npz"), Images(folder() / "train")):
+        source.drop_classes()
+        assert not source.labels.any()
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -510,7 +528,8 @@ def bad_inputs(tmp_path):
     yield "made by another tokenizer", ["train_ar.py", "--codes", codes, "--tokenizer",
                                         made / "other.safetensors"]
     yield "different classes", [*stage2, "--codes", codes, "--val_codes", made / "cow.npz"]
-    yield "codes, num_prologue is", [*stage2, "--codes", codes, "--init", made / "k4.safetensors"]
+    yield "together: num_prologue is 8", [*stage2, "--codes", codes, "--init",
+                                          made / "k4.safetensors"]
     yield "should be uint16", [*stage2, "--codes", made / "floats.npz"]
     yield "beyond the end of the codebook", [*stage2, "--codes", made / "beyond.npz"]
     yield "labels should be from 0 to 1", [*stage2, "--codes", made / "labels.npz"]

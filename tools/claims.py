@@ -1,5 +1,5 @@
-"""The paper's comparisons in miniature: every cell is a run of the ordinary scripts, and every row
-has the same budget.
+"""The paper's comparisons in miniature: every cell is a run of the ordinary scripts, and all rows
+of a group have the same steps.
 
     python tools/claims.py --jobs 2                       # all rows, into claims/
     python tools/claims.py no_classes "tau = 1" --jobs 2  # a group and a single row
@@ -7,11 +7,12 @@ has the same budget.
     python tools/claims.py --report                       # only tables and plots of what is there
 
 A cell is a row with one seed. It trains a tokenizer on the bundled data, or takes that of another
-row, and an AR model on its tokens; tries as many sampling settings as every other cell (500 samples
-each); and measures the best of them on 2,000 samples of another seed. Cells that share a tokenizer
-train it once. A run that was stopped goes on where it was. Beside the cells, in --out, it writes to
---results: claims_table.md; claims_rows.png, the gFIDs of all rows without classes;
-claims_samples.png, samples of 2d, post and prologue; and claims_lambda.png.
+row, and an AR model on its tokens; tries eight sampling settings without guidance and, if it knows
+the classes, six with it (500 samples each); and measures the best of each on 2,000 samples of
+another seed. Cells that share a tokenizer train it once. A run that was stopped goes on where it
+was. Beside the cells, in --out, it writes to --results: claims_table.md; claims_rows.png, the gFIDs
+of all rows without classes; claims_samples.png, samples of 2d, post and prologue; and
+claims_lambda.png.
 """
 
 import argparse
@@ -134,8 +135,8 @@ COLUMNS = {
 def pixels(split):
     """The bundled images of "train" or "val" in the order of token files: (images, 784) float32."""
     images = Images(BUNDLED / split)
-    return np.stack([np.asarray(images.open(i).convert("L")).ravel() for i in range(len(images))],
-                    dtype=np.float32, casting="unsafe")
+    grey = [np.asarray(images.open(i).convert("L")).ravel() for i in range(len(images))]
+    return np.stack(grey).astype(np.float32)
 
 
 def residual_k_means(num_tokens, size, seed):
@@ -377,10 +378,10 @@ def run_cells(args):
     """Runs the chosen cells, --jobs at a time."""
     threads = max(1, os.cpu_count() // args.jobs)
     cells = build_cells(args.out, args.seeds, threads, args.scale)
-    names = []
+    names = {}  # each once, also if a row is named beside its group
     for word in args.rows:
-        names += GROUPS.get(word, [word])
-    chosen = [cells[name, seed] for seed in args.seeds for name in names]
+        names |= dict.fromkeys(GROUPS.get(word, [word]))
+    chosen = [cells[name, seed] for seed in sorted(set(args.seeds)) for name in names]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(Cell.run, chosen))
 
@@ -470,10 +471,9 @@ def save_rows_plot(path, cells):
     """gFID of the rows without classes: a dot for each seed and a line for the mean."""
     from matplotlib.figure import Figure
 
-    groups = {group: [name for name in GROUPS[group] if name in cells]
-              for group in ("no_classes", "long")}
     figure = Figure(figsize=(11, 4), layout="tight")
-    for axis, names in zip(figure.subplots(1, 2), groups.values()):
+    for axis, group in zip(figure.subplots(1, 2), ("no_classes", "long")):
+        names = [name for name in GROUPS[group] if name in cells]
         for place, name in enumerate(names):
             values = [cell["gfid_no_cfg"] for cell in cells[name]]
             mean = sum(values) / len(values)
@@ -481,14 +481,14 @@ def save_rows_plot(path, cells):
             axis.plot([mean, mean], [place - 0.3, place + 0.3], color="C1")
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
-        axis.set(xlabel="gFID, at the best temperatures")
+        axis.set(xlabel="gFID, at the best temperatures", title=group)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
 
 
 def save_samples(path, cells):
-    """Two rows of samples of each layout without classes, at its best temperatures, seed 0; images
-    in the same place have the same noise."""
+    """Two rows of samples of each layout without classes, at its best temperatures, of the first
+    seed; post and prologue have the same noise in the same place."""
     rows = []
     for name in ("2d, no classes", "post, no classes", "prologue, no classes"):
         with np.load(cells[name][0]["folder"] / "plain" / "samples.npz") as file:

@@ -95,8 +95,8 @@ class Session:
         visual = kept[:, k : k + rows * cfg.grid]
         pictures, prologue, table = self.paint(label, seed, chosen, prologue, visual)
         pictures = [crop.numpy(), to_uint8(self.tokenizer.decode(codes))[0].numpy(), *pictures]
-        text = (f"Your picture, its reconstruction, and pictures with the lower {cfg.grid - rows} "
-                f"of its {cfg.grid} rows of patches drawn anew.")
+        text = (f"Your picture, its reconstruction, then pictures 1 to {self.columns}, whose lower "
+                f"{cfg.grid - rows} of {cfg.grid} rows of patches are drawn anew.")
         return pictures, prologue, table, text
 
 

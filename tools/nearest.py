@@ -6,7 +6,7 @@
     python tools/nearest.py l_xl/samples.npz --data imagenet.zip/ILSVRC/Data/CLS-LOC/train \\
         --val_data imagenet.zip/ILSVRC/Data/CLS-LOC/val --by features
 
-Printed are how many samples are exact copies of another one, and the median distance of samples to
+It prints how many samples are exact copies of an earlier one, and the median distance of samples to
 their nearest training image beside that of held-out images, which the model cannot have copied: if
 samples were copies, their median would be far below. As that would not show a few copies among many
 samples, it also says how many samples are nearer to a training image than the nearest 1% of
@@ -38,25 +38,25 @@ from sample import count_copies
 from tokenizer import InputError, Tokenizer, to_float, to_uint8, whole
 
 
-def pixel_rows(images):
+def pixel_vectors(images):
     """uint8 (B, H, W, 3) -> (B, d), the distance of two rows being the root mean square difference
     of their pixels."""
     pixels = images.flatten(1).float()
     return pixels / pixels.shape[1] ** 0.5
 
 
-def feature_rows(network):
+def feature_vectors(network):
     """The same with the features of a network of fid.py."""
 
-    def rows(images):
+    def vectors(images):
         # Without TF32, as in fid.py
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return network(images)["pool"].float()
 
-    return rows
+    return vectors
 
 
-def load_rows(images, numbers, size, rows_of, tokenizer, args, device):
+def load_vectors(images, numbers, size, vectors_of, tokenizer, args, device):
     """Yields the rows (B, d) of the images `numbers`, or of what a tokenizer makes of them, in
     batches."""
 
@@ -70,7 +70,7 @@ def load_rows(images, numbers, size, rows_of, tokenizer, args, device):
         if tokenizer is not None:
             x = to_float(batch.permute(0, 3, 1, 2))
             batch = to_uint8(tokenizer.decode(tokenizer.encode(x))).to(device)
-        yield rows_of(batch)
+        yield vectors_of(batch)
 
 
 def nearest(queries, batches, k):
@@ -110,9 +110,9 @@ def parse_args():
     flag("--by", default="pixels", choices=["pixels", "features"], help="what distances are of")
     flag("--tokenizer",
          help="tokenizer file: compare with what it makes of the images, not with the images")
-    flag("--count", type=whole(1), default=1000,
+    flag("--num", type=whole(1), default=1000,
          help="samples, the first ones, and held-out images whose distances are measured")
-    flag("--num", type=whole(1), default=10, help="rows of nearest.png, samples of the whole file")
+    flag("--rows", type=whole(1), default=10, help="rows of nearest.png, samples of the whole file")
     flag("--columns", type=whole(1), default=5, help="training images in each row of it")
     flag("--out", help="folder for nearest.png; by default that of the samples")
     flag("--inception", metavar="FILE", help="torch-fidelity's weights, else they are downloaded")
@@ -153,29 +153,30 @@ def main():
         if tokenizer.cfg.image_size != size:
             raise InputError(f"{args.tokenizer} is for images of {tokenizer.cfg.image_size} pixels,"
                              f" {args.samples} holds {size} x {size}")
-    rows_of = pixel_rows
+    vectors_of = pixel_vectors
     if args.by == "features":
-        rows_of = feature_rows(fid.feature_network("auto", size, args.inception, device)[1])
+        vectors_of = feature_vectors(fid.feature_network("auto", size, args.inception, device)[1])
 
     # Copies among the samples
     starts = range(0, total, args.batch_size)
     copies = count_copies(samples.read(i, min(i + args.batch_size, total)) for i in starts)
-    print(f"{args.samples}: {total} images, {copies} of them copies of another", flush=True)
+    print(f"{args.samples}: {total} images, {copies} of them exact copies of an earlier one",
+          flush=True)
 
     # The rows whose neighbours are wanted: the first samples, those of the picture, and held-out
     # images spread evenly, because they are sorted by class
-    count = min(args.count, total)
-    shown = np.concatenate([samples.read(i, i + 1) for i in spread(args.num, total)])
+    count = min(args.num, total)
+    shown = np.concatenate([samples.read(i, i + 1) for i in spread(args.rows, total)])
     chosen = torch.from_numpy(np.concatenate([samples.read(0, count), shown]))
-    queries = [rows_of(batch.to(device)) for batch in chosen.split(args.batch_size)]
+    queries = [vectors_of(batch.to(device)) for batch in chosen.split(args.batch_size)]
     if val_data:
         held_out = Images(val_data)
         numbers = spread(count, len(held_out))
-        queries += load_rows(held_out, numbers, size, rows_of, tokenizer, args, device)
+        queries += load_vectors(held_out, numbers, size, vectors_of, tokenizer, args, device)
     queries = torch.cat(queries)  # (count + rows of the picture + held-out images, d)
 
     # Their nearest training images
-    batches = load_rows(images, range(len(images)), size, rows_of, tokenizer, args, device)
+    batches = load_vectors(images, range(len(images)), size, vectors_of, tokenizer, args, device)
     distances, neighbours = nearest(queries, batches, args.columns)
 
     # Picture

@@ -3,7 +3,7 @@
     python tools/claims.py layouts no_classes --seeds 0 1 2     # hours on a CPU
     python tools/why.py --seeds 0 1 2                           # tables, and results/claims_why.png
 
-Four measures, each of rows whose visual tokens are the very same (those of 2d, which post and its
+Four measures, each of cells whose visual tokens are the very same (those of 2d, which post and its
 controls leave as they are), as the mean over the seeds:
 
 1. Nats of the visual tokens by row of the image: where does a prologue make them easier to predict?
@@ -31,10 +31,11 @@ from claims import ROOT, build_cells
 import fid
 from ar import AR
 from pretokenize import BUNDLED
-from sample import decode, draw, pack_for_cpu
+from sample import decode, draw
 from tokenizer import InputError, Tokenizer, whole, writing
 
-WITHOUT_CLASSES = ["2d, no classes", "constant", "post, no classes", "k-means, 2 tokens"]
+WITHOUT_CLASSES = ["2d, no classes", "constant", "post, no classes", "post, tau 1", "the class",
+                   "k-means, 2 tokens"]
 WITH_CLASSES = ["2d", "post"]
 BATCH_SIZE = 100
 
@@ -45,7 +46,8 @@ class Pair:
     def __init__(self, cell):
         path = cell.out / "cell.json"
         if not path.exists():
-            raise InputError(f"{path} does not exist: run tools/claims.py with --seeds {cell.seed}")
+            raise InputError(f"{path} does not exist: run tools/claims.py \"{cell.name}\" "
+                             f"--seeds {cell.seed}")
         self.cell = json.loads(path.read_text())
         self.out = cell.out
         self.tokenizer = Tokenizer.load(cell.tokenizer_folder() / "tokenizer.safetensors")
@@ -74,12 +76,10 @@ def nats_by_row(pair):
 def class_nats(pair):
     """Nats that the class saves in the prologue and in the visual tokens, per held-out image."""
     unknown = torch.full_like(pair.labels, pair.ar.cfg.num_classes)
-    saved = {}
-    for name in ("nats_prologue", "nats_visual"):
-        saved[name] = 0.0
-    for rows in torch.arange(len(pair.codes)).split(BATCH_SIZE):
-        given = pair.ar.measure(pair.codes[rows], pair.labels[rows])
-        without = pair.ar.measure(pair.codes[rows], unknown[rows])
+    saved = {"nats_prologue": 0.0, "nats_visual": 0.0}
+    for batch in torch.arange(len(pair.codes)).split(BATCH_SIZE):
+        given = pair.ar.measure(pair.codes[batch], pair.labels[batch])
+        without = pair.ar.measure(pair.codes[batch], unknown[batch])
         for name in saved:
             if name in given:
                 saved[name] += (without[name] - given[name]).sum().item() / len(pair.codes)
@@ -87,34 +87,35 @@ def class_nats(pair):
 
 
 class Completions:
-    """Held-out images with their upper `kept` rows and their prologue given and the rest drawn, at
-    the cell's best temperatures: a source for fid.extract."""
+    """`count` held-out images with their upper `kept` rows and their prologue given and the rest
+    drawn, at the cell's best temperatures: a source for fid.extract."""
 
-    def __init__(self, pair, kept):
+    def __init__(self, pair, kept, count):
         self.pair = pair
         self.kept = kept
+        self.numbers = torch.arange(count) * len(pair.codes) // count  # of all classes
 
     def __len__(self):
-        return len(self.pair.codes)
+        return len(self.numbers)
 
-    def __getitem__(self, rows):
+    def __getitem__(self, part):
         pair = self.pair
-        numbers = torch.arange(len(pair.codes))[rows]  # (n,)
-        codes = pair.codes[rows]
+        numbers = self.numbers[part]  # (n,)
+        codes = pair.codes[numbers]
         prologue = codes[:, : pair.k] if pair.k > 0 else None
         visual = codes[:, pair.k : pair.k + self.kept * pair.grid]
-        drawn = draw(pair.ar, pair.labels[rows], numbers, 0, len(numbers),
+        drawn = draw(pair.ar, pair.labels[numbers], numbers, 0, len(numbers),
                      pair.cell["settings_no_cfg"], prologue=prologue, visual=visual)
         return decode(pair.tokenizer, drawn, len(numbers)).numpy()
 
 
-def completion_gfids(pair, kept, network, reference):
-    """gFID of the completions of all held-out images for each number of kept rows."""
-    pack_for_cpu(pair.ar)
+def completion_gfids(pair, kept, count, network, reference):
+    """gFID of the completions of `count` held-out images for each number of kept rows."""
     result = []
-    for rows in kept:
-        drawn = fid.extract(network, Completions(pair, rows), torch.device("cpu"), BATCH_SIZE,
-                            f"{pair.cell['row']}, seed {pair.cell['seed']}, {rows} rows kept")
+    for number in kept:
+        images = Completions(pair, number, count)
+        title = f"{pair.cell['row']}, seed {pair.cell['seed']}, {number} rows kept"
+        drawn = fid.extract(network, images, torch.device("cpu"), BATCH_SIZE, title)
         result.append(fid.frechet_distance(*drawn["pool"], *reference["pool"]))
     return result
 
@@ -123,9 +124,9 @@ def over_temperature(pair):
     """{temperature of the visual tokens: (gFID, precision, recall)} of the 500 samples that the
     cell has tried, with the prologue at temperature 1."""
     result = {}
-    for row in json.loads((pair.out / "plain" / "sweep.json").read_text())["rows"]:
-        if row.get("temperature_prologue", 1) == 1:
-            result[row["temperature"]] = (row["gfid"], row["precision"], row["recall"])
+    for tried in json.loads((pair.out / "plain" / "sweep.json").read_text())["rows"]:
+        if tried.get("temperature_prologue", 1) == 1:
+            result[tried["temperature"]] = (tried["gfid"], tried["precision"], tried["recall"])
     return result
 
 
@@ -163,8 +164,9 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the cells")
-    flag("--kept", type=whole(0), nargs="+", default=[0, 1, 2, 3, 4, 5],
-         help="rows of the image that are given")
+    flag("--kept", type=int, choices=range(7), nargs="+", default=[0, 1, 2, 4],
+         help="rows of the image that are given, of 7")
+    flag("--num", type=whole(2), default=1000, help="completions for each gFID")
     flag("--cells", default="claims", help="the --out folder of tools/claims.py")
     flag("--results", default=str(ROOT / "results"), help="folder of the picture")
     return parser.parse_args()
@@ -185,7 +187,8 @@ def main():
     for name in WITHOUT_CLASSES:
         pairs = [Pair(cells[name, seed]) for seed in args.seeds]
         nats[name] = torch.stack([nats_by_row(pair) for pair in pairs]).mean(0).tolist()
-        of_seeds = [completion_gfids(pair, args.kept, network, reference) for pair in pairs]
+        of_seeds = [completion_gfids(pair, args.kept, args.num, network, reference)
+                    for pair in pairs]
         gfids[name] = np.mean(of_seeds, 0).tolist()
         tried = [over_temperature(pair) for pair in pairs]
         temperatures[name] = {value: np.mean([of_seed[value] for of_seed in tried], 0)
