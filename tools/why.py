@@ -10,8 +10,8 @@ controls leave as they are), as the mean over the seeds:
 2. gFID of completions: the upper rows of held-out images are given, with the images' own prologues,
    and the rest is drawn. If a prologue is a plan for what is not there yet, what it gains shrinks
    with the rows that are given.
-3. gFID, precision and recall over the temperature of the visual tokens: does diversity move from
-   the visual tokens into the prologue?
+3. gFID, Inception Score, precision and recall over the temperature of the visual tokens: does
+   diversity move from the visual tokens into the prologue?
 4. The nats that the class saves, by token group: what guidance by the class can act on.
 """
 
@@ -37,6 +37,7 @@ from tokenizer import InputError, Tokenizer, whole, writing
 WITHOUT_CLASSES = ["2d, no classes", "constant", "post, no classes", "post, tau 1", "the class",
                    "k-means, 2 tokens"]
 WITH_CLASSES = ["2d", "post"]
+MEASURES = ["gfid", "inception_score", "precision", "recall"]  # of tools/sweep.py
 BATCH_SIZE = 100
 
 
@@ -121,12 +122,12 @@ def completion_gfids(pair, kept, count, network, reference):
 
 
 def over_temperature(pair):
-    """{temperature of the visual tokens: (gFID, precision, recall)} of the 500 samples that the
-    cell has tried, with the prologue at temperature 1."""
+    """{temperature of the visual tokens: MEASURES} of the 500 samples that the cell has tried,
+    with the prologue at temperature 1."""
     result = {}
     for tried in json.loads((pair.out / "plain" / "sweep.json").read_text())["rows"]:
         if tried.get("temperature_prologue", 1) == 1:
-            result[tried["temperature"]] = (tried["gfid"], tried["precision"], tried["recall"])
+            result[tried["temperature"]] = [tried[name] for name in MEASURES]
     return result
 
 
@@ -151,9 +152,9 @@ def save_picture(path, nats, gfids, kept, temperatures):
         axes[2].plot(values, [temperatures[name][value][0] for value in values], marker=".",
                      label=name)
     axes[0].set(xlabel="row of the image", title="nats of the visual tokens")
-    axes[1].set(xlabel="rows given", title="gFID of completions", yscale="log")
+    axes[1].set(xlabel="rows given", title="gFID of completions")
     axes[2].set(xlabel="temperature of the visual tokens", title="gFID of 500 samples")
-    axes[0].legend()
+    axes[2].legend()
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
     print(f"\n{path}")
@@ -197,7 +198,7 @@ def main():
     print_table("Nats of the visual tokens, by row of the image", head, nats)
     print_table("gFID of completions, by rows given", [str(rows) for rows in args.kept], gfids)
     shared = sorted(set.intersection(*(set(values) for values in temperatures.values())))
-    for place, measure in enumerate(("gFID", "precision", "recall")):
+    for place, measure in enumerate(MEASURES):
         rows = {name: [values[t][place] for t in shared] for name, values in temperatures.items()}
         print_table(f"{measure} of 500 samples, by temperature", [str(t) for t in shared], rows)
 
