@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from tokenizer import (Block, InputError, Tokenizer, attention_backend, to_float, whole,
@@ -140,6 +140,8 @@ def open_image(name, read):
             if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise InputError(f"{name} cannot be read as an image: PIL knows no such format") from None
     except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
         raise InputError(f"{name} cannot be read as an image: {error}") from None
 

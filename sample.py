@@ -381,7 +381,8 @@ def main():
 
     # Settings: those of the preset, where no flag says otherwise
     preset = args.preset or ar.cfg.preset or "tiny"
-    settings = preset_settings(preset, args.no_cfg)
+    one_class = ar.cfg.num_classes == 1  # guidance has nothing to tell it from
+    settings = preset_settings(preset, args.no_cfg or one_class)
     for name in settings:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)

@@ -306,7 +306,7 @@ def parse_args():
     flag("--tokenizer",
          help="tokenizer file that made the codes; by default tokenizer.safetensors in --out")
     flag("--no_classes", action="store_true",
-         help="an unconditional model: all images count as one class; draw from it with --no_cfg")
+         help="an unconditional model: all images count as one class")
     flag("--size", default="tiny", choices=SIZES, help="of the AR model")
     flag("--init", metavar="AR",
          help="AR file whose weights to start from; its size counts, its classes may be others")
@@ -432,6 +432,8 @@ def main():
         seed=args.seed,
     )
     start_step = 0
+    if rank == 0 and not args.resume and (out / "train_ar.pt").exists():
+        print(f"note: this replaces the run in {out}; --resume goes on with it")
     if args.resume:
         parts = {"ar": ar, "optimizer": optimizer}
         start_step = load_state(out / "train_ar.pt", fixed, vars(args), parts, rank, world_size)

@@ -566,7 +566,7 @@ def parse_args():
     flag("--onestage", action="store_true",
          help="the AR model is the final one: it sees the classes, there is no stage 2")
     flag("--no_classes", action="store_true",
-         help="--onestage without classes: all images count as one class; draw with --no_cfg")
+         help="--onestage without classes: all images count as one class")
     flag("--direct_ce", action="store_true",
          help="layouts 1d and 2d: cross-entropy on the visual tokens themselves (Fig. 5)")
     flag("--ce_weight", type=real(0), default=3.0,
@@ -738,6 +738,8 @@ def main():
         seed=args.seed,
     )
     start_step = 0
+    if rank == 0 and not args.resume and (out / "train_stage1.pt").exists():
+        print(f"note: this replaces the run in {out}; --resume goes on with it")
     if args.resume:
         start_step = load_state(out / "train_stage1.pt", fixed, vars(args), modules | optimizers,
                                 rank, world_size)
