@@ -39,6 +39,7 @@ from tokenizer import (InputError, Tokenizer, attention_backend, real, to_float,
 # without guidance the temperatures of prologue and visual tokens (with it they are 1).
 PRESETS = {
     "tiny": dict(cfg_prologue=1.0, cfg_visual=2.0, cfg_power=0.25, no_cfg=(1.0, 1.0)),
+    "unguided": dict(cfg_prologue=1.0, cfg_visual=1.0, cfg_power=1.0, no_cfg=(1.0, 1.0)),
     "1d": dict(cfg_prologue=1.0, cfg_visual=19.0, cfg_power=1.75, no_cfg=(1.0, 0.85)),
     "2d": dict(cfg_prologue=1.0, cfg_visual=10.0, cfg_power=1.5, no_cfg=(1.0, 0.85)),
     "2d-l-b": dict(cfg_prologue=1.0, cfg_visual=5.0, cfg_power=1.75, no_cfg=(1.0, 0.9)),
@@ -63,6 +64,13 @@ PRESETS = {
     "ce1": dict(cfg_prologue=0.65, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.85)),
     "ce6": dict(cfg_prologue=0.75, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.9)),
 }
+
+
+def default_preset(ar):
+    """The row of PRESETS that a model is drawn with where no flag names one."""
+    if ar.cfg.num_classes == 1:  # images of the one class are all images: nothing to guide towards
+        return "unguided"
+    return ar.cfg.preset or "tiny"
 
 
 def preset_settings(name, no_cfg=False):
@@ -380,9 +388,8 @@ def main():
     batch_size = min(PART_SIZE, max(1, args.batch_size // world_size))
 
     # Settings: those of the preset, where no flag says otherwise
-    preset = args.preset or ar.cfg.preset or "tiny"
-    one_class = ar.cfg.num_classes == 1  # guidance has nothing to tell it from
-    settings = preset_settings(preset, args.no_cfg or one_class)
+    preset = args.preset or default_preset(ar)
+    settings = preset_settings(preset, args.no_cfg)
     for name in settings:
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)

@@ -254,7 +254,7 @@ def test_compiled_and_packed_models_draw_the_same(monkeypatch, layout):
 
 
 def test_presets_are_the_rows_of_table_a5():
-    assert len(PRESETS) == 24  # 23 rows, of which lambda = 3 is B-B's own, and the demo's
+    assert len(PRESETS) == 25  # 23 rows, of which lambda = 3 is B-B's own, the demo's, and unguided
     guided = preset_settings("prologue-l-xl")
     assert guided == dict(cfg_prologue=0.7, cfg_visual=2.25, cfg_power=0.225,
                           temperature_prologue=1.0, temperature=1.0)

@@ -150,7 +150,7 @@ def test_variations_of_a_picture(tmp_path):
     assert Image.open(tmp_path / "out" / "variations.png").size == (4 * 58 + 2, 2 * 58 + 2)
     code, text = script(*words, out / "train_ar.jsonl")
     assert code == 1
-    assert "train_ar.jsonl cannot be read as an image" in text
+    assert "train_ar.jsonl cannot be read as an image: PIL knows no such format" in text
 
 
 def test_samples_and_tokens_depend_on_no_batch_size_nor_ranks(tmp_path):
@@ -257,12 +257,13 @@ def test_init_goes_on_with_other_classes_and_other_images(tmp_path):
     assert torch.equal(before.head.weight, after.head.weight)
 
     # A model that knew no classes
-    run("train_ar.py", "--codes", tmp_path / "codes.npz", "--tokenizer",
+    text = run("train_ar.py", "--codes", tmp_path / "codes.npz", "--tokenizer",
         out / "tokenizer.safetensors", "--init", out / "joint_ar.safetensors", "--out", tmp_path,
         *STAGE2, *still)
     cow, dog, unconditional = AR.load(tmp_path / "ar.safetensors").bos.weight
     assert torch.equal(cow, unconditional)
     assert torch.equal(dog, unconditional)
+    assert "this replaces the run" in text
 
     run("train_stage1.py", "--data", folder() / "val", "--init", out / "tokenizer.safetensors",
         "--init_ar", out / "joint_ar.safetensors", "--out", tmp_path, *STAGE1, *still)
@@ -306,7 +307,8 @@ def test_without_classes_all_images_are_of_one(tmp_path):
     out = stage2_folder(tmp_path / "out")
     run("train_ar.py", "--out", out, "--no_classes", "--steps", 1, *STAGE2)
     assert AR.load(out / "ar.safetensors").cfg.classes == ["all"]
-    run("sample.py", "--out", out, "--no_cfg", "--num", 2)
+    run("sample.py", "--out", out, "--num", 2)
+    assert json.loads((out / "samples.json").read_text())["cfg_visual"] == 1
     run("train_stage1.py", "--data", folder() / "train", "--out", tmp_path / "one", "--onestage",
         "--no_classes", "--steps", 1, *STAGE1)
     assert AR.load(tmp_path / "one" / "ar.safetensors").cfg.classes == ["all"]

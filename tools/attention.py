@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tokenizer as tokenizer_file
 from pretokenize import BUNDLED, Images, center_crop
-from sample import class_numbers, draw, load_pair, pack_for_cpu, preset_settings
+from sample import class_numbers, default_preset, draw, load_pair, pack_for_cpu, preset_settings
 from tokenizer import InputError, to_float, to_uint8, whole, writing
 
 
@@ -202,7 +202,7 @@ def main():
         return
 
     # Prologue tokens in the AR model, of images that it draws as sample.py would
-    settings = preset_settings(ar.cfg.preset or "tiny")
+    settings = preset_settings(default_preset(ar))
     codes = draw(ar, labels, range(len(labels)), args.seed, batch_size=len(labels),
                  settings=settings)  # (B, K+N)
     weights = prologue_weights(ar, codes, labels)

@@ -15,7 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretokenize import center_crop
-from sample import PRESETS, decode, draw, load_pair, pack_for_cpu, preset_settings
+from sample import (PRESETS, decode, default_preset, draw, load_pair, pack_for_cpu,
+                    preset_settings)
 from tokenizer import InputError, to_float, to_uint8, whole
 
 # The settings that have a slider, and its ends
@@ -49,8 +50,7 @@ class Session:
         n = self.columns
         labels = torch.full((n,), self.names.index(label))
         settings = dict(zip(SLIDERS, chosen))
-        codes = draw(self.ar, labels, range(n), int(seed), n, settings, prologue,
-                     visual)  # (n, K+N)
+        codes = draw(self.ar, labels, range(n), int(seed), n, settings, prologue, visual)
         images = decode(self.tokenizer, codes, n)  # (n, H, W, 3)
         prologue = codes[:, : self.ar.cfg.num_prologue].cpu()
         table = [[i + 1, *row] for i, row in enumerate(prologue.tolist())]
@@ -184,7 +184,7 @@ def main():
     tokenizer, ar, paths = load_pair(args, device)
     if device.type == "cpu":
         pack_for_cpu(ar)
-    preset = args.preset or ar.cfg.preset or "tiny"
+    preset = args.preset or default_preset(ar)
     print(f"{paths[0]} and {paths[1]}, preset {preset}", flush=True)
     page = build_page(Session(tokenizer, ar, args.columns), preset_settings(preset))
     page.launch(server_name="127.0.0.1", server_port=args.port)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fid
 from ar import SCHEDULES
 from pretokenize import BUNDLED
-from sample import (PRESETS, cast_linears, decode, draw, load_pair, pack_for_cpu,
+from sample import (PRESETS, cast_linears, decode, default_preset, draw, load_pair, pack_for_cpu,
                     preset_settings)
 from tokenizer import InputError, real, whole, writing
 
@@ -197,7 +197,7 @@ def main():
         cast_linears(ar, torch.bfloat16)
     elif device.type == "cpu":
         pack_for_cpu(ar)
-    preset = args.preset or ar.cfg.preset or "tiny"
+    preset = args.preset or default_preset(ar)
     settings = preset_settings(preset, args.no_cfg)
     settings |= dict(cfg_schedule="cosine", top_k=0, top_p=1.0)
     print(f"{paths[0]} and {paths[1]}, preset {preset}", flush=True)

@@ -34,7 +34,7 @@ from sweep import Samples
 import fid
 from ar import AR, check_pair
 from pretokenize import BUNDLED, Images, center_crop, default_val
-from sample import PRESETS, cast_linears, pack_for_cpu, preset_settings
+from sample import PRESETS, cast_linears, default_preset, pack_for_cpu, preset_settings
 from tokenizer import InputError, Tokenizer, real, whole, writing
 
 
@@ -124,7 +124,7 @@ def measure_ar(tokenizer, ar, args, network, reference, device, autocast):
         pack_for_cpu(ar)
     entry = {}
     for ending, no_cfg in (("", False), ("_no_cfg", True)):
-        settings = preset_settings(args.preset or ar.cfg.preset or "tiny", no_cfg)
+        settings = preset_settings(args.preset or default_preset(ar), no_cfg)
         samples = Samples(tokenizer, ar, args.num, args.seed, settings, autocast)
         drawn = fid.extract(network, samples, device, args.batch_size, f"samples{ending}")
         gfid = fid.frechet_distance(*drawn["pool"], *reference["pool"])
