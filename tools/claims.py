@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +122,7 @@ COLUMNS = {
     "nats prologue": "nats_prologue",
     "nats visual": "nats_visual",
     "gFID without CFG": "gfid_no_cfg",
+    "its visual temperature": "temperature",
     "gFID with CFG": "gfid",
     "class consistency without CFG": "consistency_no_cfg",
     "perplexity of the prologue": "perplexity_prologue",
@@ -253,19 +253,18 @@ class Cell:
 
     def train(self, name, settings, *flags):
         """Runs a trainer, unless an earlier run of this script has."""
-        seconds = self.out / f"{name}.seconds"
-        if seconds.exists():
+        done = self.out / f"{name}.done"
+        if done.exists():
             return
         steps = int(settings["steps"] * self.scale)
         hold = int(settings["hold"] * self.scale)
         settings = settings | dict(steps=steps, hold=hold)
-        start = time.perf_counter()
         self.script(name, "--out", self.out, "--seed", self.seed, "--resume", "--log_every", 50,
                     "--save_every", 250, "--eval_every", steps, *as_flags(settings), *flags)
         log = self.out / Path(name).with_suffix(".jsonl")
         if last_value(log, "step") != steps:  # Ctrl-C reaches the trainer too, and it saves
             raise InputError(f"{self.name}, seed {self.seed}: {name} was stopped")
-        seconds.write_text(str(time.perf_counter() - start))
+        done.touch()
 
     def train_tokenizer(self):
         """Stage 1, the tokens and rFID, unless they are there."""
@@ -395,6 +394,7 @@ def read_cells(out):
     for path in sorted(Path(out).glob("*/cell.json")):
         cell = json.loads(path.read_text())
         cell["folder"] = path.parent
+        cell["temperature"] = cell["settings_no_cfg"]["temperature"]
         cells.setdefault(cell["row"], []).append(cell)
     if not cells:
         raise InputError(f"{out} holds no finished cell (*/cell.json), so there is nothing to "
