@@ -70,9 +70,12 @@ def test_every_row_takes_the_tokenizer_of_one_that_trains_it(tmp_path):
         source = cells[cell.row.tokenizer or name, seed]
         assert not source.row.tokenizer
         assert cell.tokenizer_folder() == source.out
-        assert cell.scale == source.scale, name
+        assert cell.row.stage2 == source.row.stage2, name
+        assert cell.row.full == source.row.full, name
         if cell.row.init:
-            assert cells[cell.row.init, seed].scale == cell.scale
+            frozen = cells[cell.row.init, seed].row
+            assert frozen.stage1 == cell.row.stage1
+            assert frozen.full == cell.row.full
     assert len({cell.out for cell in cells.values()}) == len(cells)
 
 

@@ -92,6 +92,8 @@ def test_copies_are_found_whatever_the_batch_size(monkeypatch, capsys, folder, t
     expected = np.median(np.sqrt((differences**2).mean((2, 3, 4))).min(1))
     assert median == pytest.approx(expected, abs=0.006)
     assert lines[5].endswith(": 3 samples (50.0%)")
+    assert lines[6].startswith("note: 1% of fewer than 100")
+    assert len(lines) == 7
 
 
 def test_distances_of_copies_are_0(folder):
@@ -148,7 +150,8 @@ def test_samples_learned_by_heart_are_what_the_tokenizer_makes_of_images(monkeyp
     medians = []
     for flags in ([], ["--tokenizer", path]):
         lines = run(monkeypatch, capsys, nearest, tmp_path / "samples.npz", "--data",
-                    folder / "train", "--num_workers", 0, *flags)
+                    folder / "train", "--val_data", folder / "train", "--num_workers", 0, *flags)
         medians.append(float(lines[3].split()[-1]))
+        assert lines[-1].startswith("note: 6 of the held-out images have a training image")
     assert medians[0] > 5
     assert medians[1] < 1

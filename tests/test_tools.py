@@ -69,6 +69,23 @@ def trained(data, tmp_path_factory):
     return out
 
 
+# Images
+
+
+def test_check_images_names_those_that_cannot_be_read(monkeypatch, capsys, tmp_path, data):
+    run(monkeypatch, "check_images", data / "val")
+    assert "8 images, 2 classes of 4 to 4 images" in capsys.readouterr().out
+    broken = shutil.copytree(data / "val", tmp_path / "val")
+    path = next(broken.glob("*/*.png"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit, match="1"):
+        run(monkeypatch, "check_images", broken)
+    said = capsys.readouterr().out
+    assert f"{path} cannot be read" in said
+    assert "\n1 cannot be read" in said
+    assert "28 to 28 pixels" in said
+
+
 # Sweep
 
 

@@ -38,6 +38,9 @@ from tokenizer import InputError, real, whole, writing
 STAGE1 = dict(steps=1000, batch_size=32, lr=5e-4, min_lr=5e-5, warmup=50, hold=400)
 STAGE2 = dict(size="nano", steps=600, batch_size=32, lr=1e-3, min_lr=1e-5, warmup=50, hold=200)
 
+# All images of Fashion-MNIST, made by data/fashion_mnist.py beside the cells
+FULL = "fashion_mnist_full.zip"
+
 # Settings that a cell tries: eight without guidance, six with it. A prologue has a temperature and
 # a scale of its own, so that fewer visual ones are tried with it.
 PLAIN = ["temperature=0.7,0.75,0.8,0.85,0.9,0.95,1,1.05"]
@@ -55,7 +58,9 @@ class Row:
     tokenizer: str = ""  # the row whose tokenizer is taken; then none is trained
     prologue: str = "learned"  # or what stands in its place, see other_prologue
     classes: bool = True  # whether the AR model is told the class
-    scale: float = 1.0  # of the steps of both stages
+    full: bool = False  # all 60,000 images instead of the bundled 10,000
+    stage1: float = 1.0  # factor on the steps of stage 1
+    stage2: float = 1.0  # factor on the steps of stage 2
 
 
 # group: {name: row}
@@ -85,13 +90,25 @@ GROUPS = {
     },
     # Four times as many visual tokens, without classes, half the steps
     "long": {
-        "2d, patch 2": Row("--layout 2d --patch_size 2", classes=False, scale=0.5),
-        "prologue, patch 2": Row("--patch_size 2", classes=False, scale=0.5),
-        "post, patch 2": Row("--layout post", init="2d, patch 2", classes=False, scale=0.5),
+        "2d, patch 2": Row("--layout 2d --patch_size 2", classes=False, stage1=0.5, stage2=0.5),
+        "prologue, patch 2": Row("--patch_size 2", classes=False, stage1=0.5, stage2=0.5),
+        "post, patch 2": Row("--layout post", init="2d, patch 2", classes=False, stage1=0.5,
+                             stage2=0.5),
         "constant, patch 2": Row(tokenizer="post, patch 2", prologue="constant", classes=False,
-                                 scale=0.5),
+                                 stage2=0.5),
         "the class, patch 2": Row(tokenizer="post, patch 2", prologue="class", classes=False,
-                                  scale=0.5),
+                                  stage2=0.5),
+    },
+    # All images and a longer stage 1, without classes, an AR model as short of training as above
+    "full": {
+        "2d, full": Row("--layout 2d", classes=False, full=True, stage1=4),
+        "post, full": Row("--layout post", init="2d, full", classes=False, full=True, stage1=4),
+        "post, tau 1, full": Row("--layout post --tau 1", init="2d, full", classes=False, full=True,
+                                 stage1=4),
+        "constant, full": Row(tokenizer="post, tau 1, full", prologue="constant", classes=False,
+                              full=True),
+        "the class, full": Row(tokenizer="post, tau 1, full", prologue="class", classes=False,
+                               full=True),
     },
     "direct": {
         "2d, direct CE 0.03": Row("--layout 2d --direct_ce --tau 1 --ce_weight 0.03"),
@@ -220,7 +237,7 @@ class Cell:
         folder = name.replace(" ", "").replace(",", "_").replace("=", "").replace("'", "")
         self.out = Path(out) / f"{folder}-s{seed}"
         self.threads = threads
-        self.scale = scale * row.scale  # of the steps
+        self.scale = scale  # factor on the steps of all rows
         self.cells = cells  # {(name, seed): Cell}, for the tokenizers of others
         self.lock = threading.Lock()  # while the tokenizer is trained
 
@@ -251,13 +268,14 @@ class Cell:
             raise InputError(f"{self.name}, seed {self.seed}: {name} failed, see {log}")
         return result.stdout.rstrip().rpartition("\n")[2]
 
-    def train(self, name, settings, *flags):
-        """Runs a trainer, unless an earlier run of this script has."""
+    def train(self, name, settings, factor, *flags):
+        """Runs a trainer with `factor` times the steps, unless an earlier run of this script has.
+        """
         done = self.out / f"{name}.done"
         if done.exists():
             return
-        steps = int(settings["steps"] * self.scale)
-        hold = int(settings["hold"] * self.scale)
+        steps = int(settings["steps"] * factor * self.scale)
+        hold = int(settings["hold"] * factor * self.scale)
         settings = settings | dict(steps=steps, hold=hold)
         self.script(name, "--out", self.out, "--seed", self.seed, "--resume", "--log_every", 50,
                     "--save_every", 250, "--eval_every", steps, *as_flags(settings), *flags)
@@ -279,9 +297,12 @@ class Cell:
                 frozen = self.cells[self.row.init, self.seed]
                 frozen.train_tokenizer()
                 flags += ["--init", frozen.out / "tokenizer.safetensors"]
-            self.train("train_stage1.py", STAGE1, "--num_workers", 0, *flags)
+            data = ["--num_workers", 0]
+            if self.row.full:
+                data += ["--data", self.out.parent / FULL / "train"]
+            self.train("train_stage1.py", STAGE1, self.row.stage1, *data, *flags)
             if not (self.out / "codes_val.npz").exists():
-                self.script("pretokenize.py", "--out", self.out, "--num_workers", 0)
+                self.script("pretokenize.py", "--out", self.out, *data)
             if not (self.out / "rfid.json").exists():
                 scores = self.script("fid.py", "--json", "--tokenizer", tokenizer)
                 with writing(self.out / "rfid.json") as temporary:
@@ -323,7 +344,7 @@ class Cell:
             if self.row.prologue != "learned":
                 write_tokens(source, self.out, self.row.prologue, self.seed)
             flags = [] if self.row.classes else ["--no_classes"]
-            self.train("train_ar.py", STAGE2, "--tokenizer", tokenizer,
+            self.train("train_ar.py", STAGE2, self.row.stage2, "--tokenizer", tokenizer,
                        "--codes", self.codes_folder() / "codes.npz", *flags)
             log2 = self.out / "train_ar.jsonl"
 
@@ -381,6 +402,10 @@ def run_cells(args):
     for word in args.rows:
         names |= dict.fromkeys(GROUPS.get(word, [word]))
     chosen = [cells[name, seed] for seed in sorted(set(args.seeds)) for name in names]
+    full = Path(args.out) / FULL
+    if any(cell.row.full for cell in chosen) and not full.exists():
+        command = [sys.executable, ROOT / "data/fashion_mnist.py", "--full", "--out", full]
+        subprocess.run(command, check=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(Cell.run, chosen))
 

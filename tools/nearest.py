@@ -199,6 +199,12 @@ def main():
     near = (of_samples <= of_held_out.quantile(0.01)).sum()
     print(f"  of {len(of_held_out)} held-out images: {of_held_out.quantile(0.5):.2f}")
     print(f"nearer than the nearest 1% of held-out images: {near} samples ({near / count:.1%})")
+    copied = (of_held_out == 0).sum()
+    if len(of_held_out) < 100:
+        print("note: 1% of fewer than 100 images is the nearest alone, which says little")
+    if copied > 0:
+        print(f"note: {copied} of the held-out images have a training image at distance 0, so they "
+              "do not show what a model does that copies nothing")
 
 
 if __name__ == "__main__":
