@@ -496,8 +496,9 @@ def save_rows_plot(path, cells):
     """gFID of the rows without classes: a dot for each seed and a line for the mean."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4), layout="tight")
-    for axis, group in zip(figure.subplots(1, 2), ("no_classes", "long")):
+    groups = ("no_classes", "long", "full")
+    figure = Figure(figsize=(14, 4), layout="tight")
+    for axis, group in zip(figure.subplots(1, len(groups)), groups):
         names = [name for name in GROUPS[group] if name in cells]
         for place, name in enumerate(names):
             values = [cell["gfid_no_cfg"] for cell in cells[name]]
