@@ -53,7 +53,7 @@ class ARConfig:
     dropout: float = 0.0
     classes: list = field(default_factory=list)  # names in the order of the labels, where known
     tokenizer: str = ""  # fingerprint of the tokenizer whose codes these are, where known
-    preset: str = ""  # the row of sample.PRESETS that this model is sampled with by default
+    preset: str = ""  # the row of sample.PRESETS for this model, if it has one of its own
 
     def __post_init__(self):
         if self.classes and len(self.classes) != self.num_classes:
@@ -87,7 +87,8 @@ class AR(nn.Module):
         self.head = nn.Linear(cfg.dim, vocabulary, bias=False)
         for module in (self.bos, self.embedding, self.head):
             init_weights(module)
-        # Along a sequence only RoPE's axis l moves, so only the first dimensions of a head turn.
+        # A head has the axes l, row, column in this order (in the tokenizer l is the last). Along
+        # a sequence only l moves, so only the first dimensions of a head turn.
         positions = torch.arange(self.length, device="cpu")
         angles = rope_angles(positions, rope_axis_dims(cfg.head_dim)[2], 10000.0)
         self.register_buffer("angles", angles, persistent=False)
@@ -206,12 +207,14 @@ class AR(nn.Module):
                  prologue=None, visual=None, noise=None, generator=None):
         """Samples codes (B, K+N) for labels (B,). The model must be in eval mode.
 
-        cfg_prologue, cfg_visual: scale of the classifier-free guidance (CFG) of each token group,
-            see `guidance`; 1 is off, below 1 it pulls towards unconditional.
+        cfg_prologue: scale of the classifier-free guidance (CFG) of all prologue tokens; 1 is off,
+            below 1 it pulls towards unconditional.
+        cfg_visual: that of the visual tokens, which is reached along cfg_schedule and cfg_power,
+            see `guidance`.
         temperature: of the visual tokens, and of the prologue unless temperature_prologue is given.
         top_k, top_p: see sample_codes.
         prologue: (B, K), codes to keep instead of drawing them.
-        visual: (B, n) with n < N, visual codes that the image begins with; the rest is drawn.
+        visual: (B, m) with m < N, visual codes that the image begins with; the rest is drawn.
         noise: (B, K+N) uniform in [0, 1), which decides every draw; else it comes from `generator`.
         """
         if self.training:
@@ -240,7 +243,7 @@ class AR(nn.Module):
             visual = prefix[:, :0]  # (B, 0)
         visual = visual.to(labels.device)
         kept = visual.shape[1]
-        prefix = torch.cat([prefix, visual], 1)  # (B, K+1+n)
+        prefix = torch.cat([prefix, visual], 1)  # (B, K+1+m), or (B, m) without a prologue
         progress = visual_progress(k, n)
         scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress[kept:]]
         rest = self.draw_tokens(labels, prefix, rows=slice(0, v), scales=scales,
@@ -308,7 +311,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 
 def guidance(scale, schedule, power, t):
     """CFG scale s at progress t in [0, 1], used as s * conditional + (1 - s) * unconditional; so 1
-    is off. It grows from 1 to `scale` by t^power, along a line or a cosine."""
+    is off. It is `scale` throughout, or grows from 1 to it by t^power along a line or a cosine."""
     if schedule == "constant":
         ramp = 1.0
     elif schedule == "linear":

@@ -139,7 +139,7 @@ class ImageSource:
         self.path = Path(path)
         self.crop = crop
         self.npz = None
-        self.zip = None  # the open zip, if the image files are in one
+        self.zip = None  # the open zip, if the image files are in one; any thread may read it
         self.names = []  # of the image files
         if is_npz(path):
             self.npz = NpzImages(path)
@@ -198,11 +198,8 @@ class ImageSource:
         if self.npz:
             return self.npz.read(start, stop)
         names = self.names[start:stop]
-        if self.zip:  # several threads cannot read from one open zip
-            images = [self.read_file(name) for name in names]
-        else:
-            with ThreadPoolExecutor() as pool:
-                images = list(pool.map(self.read_file, names))
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(self.read_file, names))
         for name, image in zip(names, images):
             if image.shape[:2] != self.size:
                 raise InputError(

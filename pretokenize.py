@@ -77,8 +77,8 @@ class Images:
         self.names = sorted(name for name in names if is_image(name))
         if not self.names:
             raise InputError(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})")
-        folders = [name.rpartition("/")[0].split("/")[0] for name in self.names]
-        if set(folders) == {""}:
+        folders = [name.split("/")[0] if "/" in name else "" for name in self.names]
+        if set(folders) == {""}:  # all images lie side by side
             folders = self.classes_of_kaggle() or folders
         classes, labels = np.unique(folders, return_inverse=True)
         self.classes = classes.tolist()

@@ -8,10 +8,10 @@
 
 Class and noise of an image depend on its number and the seed alone, so ranks and batch size change
 nothing but the rounding, and a run that was stopped goes on where it was. In --out it leaves
-samples.png (a row for each class), fixed_prologue.png (each row one prologue, its visual tokens
-drawn anew; the last row has prologues of its own), reconstructions.png, samples.npz (arr_0 uint8
-(N, H, W, 3), arr_1 labels), samples.json, which says how they were drawn, and with --sheet N also
-sheet.png, N x N images. With --image it leaves variations.png alone.
+samples.png (a row for each of ten classes), fixed_prologue.png (each row one prologue, its visual
+tokens drawn anew; the last row has prologues of its own), reconstructions.png, samples.npz (arr_0
+uint8 (N, H, W, 3), arr_1 labels), samples.json, which says how they were drawn, and with --sheet N
+also sheet.png, N x N images. With --image it leaves variations.png alone.
 """
 
 import argparse
@@ -36,7 +36,8 @@ from tokenizer import (InputError, Tokenizer, attention_backend, real, to_float,
                        writing)
 
 # Paper table A5: guidance of both token groups and the power of its cosine; and for sampling
-# without guidance the temperatures of prologue and visual tokens (with it they are 1).
+# without guidance the temperatures of prologue and visual tokens (with it they are 1). The first
+# two rows are ours.
 PRESETS = {
     "tiny": dict(cfg_prologue=1.0, cfg_visual=2.0, cfg_power=0.25, no_cfg=(1.0, 1.0)),
     "unguided": dict(cfg_prologue=1.0, cfg_visual=1.0, cfg_power=1.0, no_cfg=(1.0, 1.0)),
@@ -87,8 +88,9 @@ def preset_settings(name, no_cfg=False):
 
 
 def load_pair(args, device):
-    """Tokenizer, AR model and their paths: --tokenizer and --ar, else those in --out, else the
-    pair that comes with the code. Raises InputError."""
+    """Tokenizer, AR model and their paths: --tokenizer and --ar, else those in --out; if neither
+    flag is given and neither file is there, the pair that comes with the code. Raises InputError.
+    """
     folder = Path(args.out)
     names = ("tokenizer.safetensors", "ar.safetensors")
     given = args.tokenizer or args.ar
@@ -154,11 +156,11 @@ def pack_for_cpu(ar):
     for layer in ar.modules():
         if isinstance(layer, torch.nn.Linear) and layer.weight.numel() > 2**18:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
-            layer.forward = functools.partial(packed_linear, weight=weight)
+            layer.forward = functools.partial(packed_linear, weight=weight, bias=layer.bias)
 
 
-def packed_linear(x, weight):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def packed_linear(x, weight, bias):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def class_numbers(chosen, ar):
@@ -250,6 +252,8 @@ def save_variations(tokenizer, ar, args, settings, batch_size):
     if k == 0 and kept == 0:
         raise InputError("--image needs a model with a prologue, or --keep at least a row")
     label = ar.cfg.num_classes  # unconditional
+    if ar.cfg.num_classes == 1:
+        label = 0  # all images, see default_preset
     if args.classes:
         label = class_numbers(args.classes, ar)[0]
     labels = torch.full((columns,), label)
@@ -291,8 +295,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Draw images.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
-    flag("--ar", help="AR file; by default that in --out, or else the shipped one")
+    flag("--tokenizer", help="tokenizer file; by default that in --out")
+    flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")
     flag("--out", default="out", help="folder for everything that is written and looked for")
 
     # What to draw
@@ -315,7 +319,8 @@ def parse_args():
 
     # How to draw; by default as the preset says
     flag("--preset", choices=PRESETS,
-         help="row of the paper's table A5; by default the AR file's own, or tiny")
+         help="row of the paper's table A5, tiny or unguided; by default that of the AR file or "
+         "tiny, for a model of one class unguided")
     flag("--no_cfg", action="store_true", help="the preset's settings without guidance")
     flag("--cfg_visual", type=real(-1000, 1000),
          help="guidance of the visual tokens: 1 is off, s * cond + (1 - s) * uncond")

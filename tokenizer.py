@@ -323,8 +323,9 @@ class PrologueQuantizer(nn.Module):
 
 LAYOUTS = ("prologue", "2d", "1d", "post")
 
-# (layers, width) of the encoder, the decoder and the post layout's prologue encoder. B and L are
-# those of paper table A4, S is ours, for a single GPU.
+# (layers, width) of the encoder, the decoder and the post layout's prologue encoder, and what else
+# differs from the defaults of TokenizerConfig. B and L are those of paper table A4, S is ours, for
+# a single GPU.
 SIZES = {
     "tiny": dict(encoder=(3, 96), decoder=(3, 96), post=(3, 96), head_dim=32, image_size=28,
                  patch_size=4, codebook_size=256, code_dim=8, num_prologue=8,

@@ -8,7 +8,8 @@ replaced by "unconditional" (which classifier-free guidance needs), and the cros
 [prologue, EOS, visual] is the whole loss.
 
 In --out it leaves ar.safetensors (the raw weights, which are sampled), train_ar.jsonl (the log),
-train_ar.png (samples, a row for each class) and train_ar.pt (the state for --resume).
+train_ar.png (samples of the first classes, without guidance) and train_ar.pt (the state for
+--resume).
 """
 
 import argparse
@@ -122,7 +123,9 @@ def build_model(args, tokens, tokenizer, rank):
     ar = AR(replace(cfg, layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim,
                     preset=old.cfg.preset))
     weights = old.state_dict()
-    if old.cfg.classes or old.cfg.num_classes != cfg.num_classes:
+    # A model that does not name its classes keeps their embeddings if there are as many as here
+    same_numbers = not old.cfg.classes and old.cfg.num_classes == cfg.num_classes
+    if not same_numbers:
         weights["bos.weight"] = class_embeddings(weights["bos.weight"], old.cfg.classes,
                                                  cfg.classes)
         new = len(set(cfg.classes) - set(old.cfg.classes))
@@ -153,7 +156,8 @@ def adamw_groups(module, betas, weight_decay):
 
 
 def learning_rate(step, args):
-    """Of step 1, 2, ...: linear warmup, --hold steps at --lr, then linear decay to --min_lr."""
+    """Of step 1, 2, ...: linear warmup, --hold steps at --lr, then linear decay to --min_lr over
+    the steps that are left, if any are."""
     if step <= args.warmup:
         return args.lr * step / args.warmup
     decay_steps = max(1, args.steps - args.warmup - args.hold)
@@ -167,10 +171,11 @@ def learning_rate(step, args):
 @torch.no_grad()
 def evaluate(ar, tokens, count, device, autocast, rank, world_size):
     """Nats per image and top-1 accuracy of each token group, given the class, over the first crops
-    of the first `count` images, of which each rank takes a share."""
+    of `count` images, of which each rank takes a share."""
     count = min(count, len(tokens.codes))
     sums = defaultdict(float)
-    indices = list(range(rank, count, world_size))
+    # Spread evenly, because images are sorted by class
+    indices = [i * len(tokens.codes) // count for i in range(rank, count, world_size)]
     for i in range(0, len(indices), 64):
         codes, labels = tokens.batch(indices[i : i + 64], 0, device)
         with autocast:
@@ -191,8 +196,8 @@ def evaluate(ar, tokens, count, device, autocast, rank, world_size):
 
 @torch.no_grad()
 def save_samples(path, ar, tokenizer, seed, device, autocast):
-    """Ten samples of each of the first classes, with the same noise each time."""
-    labels = torch.arange(min(8, ar.cfg.num_classes), device=device).repeat_interleave(10)
+    """Ten samples of each of the first classes, without guidance, with the same noise each time."""
+    labels = torch.arange(min(10, ar.cfg.num_classes), device=device).repeat_interleave(10)
     with autocast:
         codes = ar.generate(labels, generator=torch.Generator().manual_seed(seed))
         images = to_uint8(tokenizer.decode(codes))
@@ -237,7 +242,7 @@ def load_state(path, fixed, args, parts, rank, world_size):
             part.load_state_dict(state[name])
         step = state["step"]
         args_before = state["args"]
-    except Exception as error:  # of pickle, zipfile or torch
+    except Exception as error:  # of pickle, zipfile or torch; InputError is none, and passes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
     if rank == 0:
@@ -326,7 +331,8 @@ def parse_args():
     flag("--lr", type=real(0), default=1e-3, help="learning rate after the warmup")
     flag("--min_lr", type=real(0), default=1e-5, help="learning rate at the last step")
     flag("--warmup", type=whole(0), default=50, help="steps of linear warmup")
-    flag("--hold", type=whole(0), default=300, help="steps at --lr before the linear decay")
+    flag("--hold", type=whole(0), default=300,
+         help="steps at --lr, then linear decay over what is left of --steps")
     flag("--beta2", type=real(0, 0.9999), default=0.96, help="of AdamW; beta1 is 0.9")
     flag("--weight_decay", type=real(0), default=0.03, help="on matrices only")
     flag("--grad_clip", type=real(0), default=1.0, help="largest gradient norm; 0 is off")

@@ -25,6 +25,9 @@ Which loss reaches which weights:
     ce                     encoder, prologue projection and codebook, all times lambda; AR model
     discriminator          discriminator
 
+In the layout post the first encoder, its codes and the decoder are frozen, and ce alone is left;
+with --direct_ce ce goes into the visual projection and codebook, times lambda.
+
 In --out it leaves tokenizer.safetensors (the EMA), joint_ar.safetensors, train_stage1.jsonl (the
 log), train_stage1.png (held-out images above their reconstructions) and train_stage1.pt (the state
 for --resume). With --onestage the AR model is the final one, ar.safetensors, and the tokenizer the
@@ -300,7 +303,8 @@ def adamw_groups(module, betas, weight_decay):
 
 
 def learning_rate(step, args):
-    """Of step 1, 2, ...: linear warmup, --hold steps at --lr, then linear decay to --min_lr."""
+    """Of step 1, 2, ...: linear warmup, --hold steps at --lr, then linear decay to --min_lr over
+    the steps that are left, if any are."""
     if step <= args.warmup:
         return args.lr * step / args.warmup
     decay_steps = max(1, args.steps - args.warmup - args.hold)
@@ -464,7 +468,7 @@ def load_state(path, fixed, args, parts, rank, world_size):
             part.load_state_dict(state[name])
         step = state["step"]
         args_before = state["args"]
-    except Exception as error:  # of pickle, zipfile or torch
+    except Exception as error:  # of pickle, zipfile or torch; InputError is none, and passes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
     if rank == 0:
@@ -545,7 +549,8 @@ def parse_args():
     flag("--flip", action="store_true", help="mirror half of the images")
 
     # Tokenizer
-    flag("--size", default="tiny", choices=SIZES, help="of encoder and decoder")
+    flag("--size", default="tiny", choices=SIZES,
+         help="of the networks, images, patches and codebooks, see tokenizer.py")
     flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
     flag("--init", metavar="TOKENIZER",
          help="tokenizer file to go on from, whose size counts; the layout post adds a prologue to "
@@ -557,7 +562,7 @@ def parse_args():
     flag("--code_dim", type=whole(1), help="dimensions of a code")
     flag("--num_prologue", type=whole(1), help="prologue tokens K")
     flag("--prologue_codebook_size", type=whole(2), help="prologue codes P")
-    flag("--tau", type=real(1e-3), help="temperature of Prob-STE, by default 0.1 if new")
+    flag("--tau", type=real(1e-3), help="temperature of Prob-STE, 0.1 for a new prologue")
 
     # Joint AR model
     flag("--ar_size", default="nano", choices=ar_file.SIZES, help="of the joint AR model")
@@ -595,7 +600,8 @@ def parse_args():
     flag("--lr", type=real(0), default=5e-4, help="learning rate after the warmup")
     flag("--min_lr", type=real(0), default=5e-5, help="learning rate at the last step")
     flag("--warmup", type=whole(0), default=50, help="steps of linear warmup")
-    flag("--hold", type=whole(0), default=800, help="steps at --lr before the linear decay")
+    flag("--hold", type=whole(0), default=800,
+         help="steps at --lr, then linear decay over what is left of --steps")
     flag("--ema_half_life", type=real(1e-3), default=1000,
          help="steps; at most a tenth of the steps so far")
     flag("--seed", type=whole(0), default=0, help="of everything random")

@@ -3,10 +3,12 @@
     python -m pytest tests/test_parts.py
 """
 
+import json
 import os
 import sys
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train_ar
 import train_stage1
 from ar import AR, check_pair, sample_codes
 from pretokenize import (Images, center_crop, five_crops, join_parts, load_batches, part_file,
@@ -251,6 +254,29 @@ def test_compiled_and_packed_models_draw_the_same(monkeypatch, layout):
     ar.compiled_step = None
     pack_for_cpu(ar.requires_grad_(False))
     assert torch.equal(ar.generate(labels, noise=noise[0], **settings), expected[0])
+
+
+def test_packed_layers_keep_their_bias():
+    layers = torch.nn.Sequential(torch.nn.Linear(600, 500)).requires_grad_(False)
+    x = torch.randn(3, 600)
+    expected = layers(x)
+    pack_for_cpu(layers)
+    torch.testing.assert_close(layers(x), expected)
+
+
+@torch.no_grad()
+def test_held_out_nats_are_of_images_of_all_classes(tmp_path):
+    tokenizer, ar, _ = models()
+    k = tokenizer.cfg.num_prologue
+    codes = np.random.default_rng(0).integers(0, 8, (30, 1, k + 16)).astype(np.uint16)
+    labels = np.arange(30) // 10
+    config = dict(tokenizer=asdict(tokenizer.cfg), classes=["a", "b", "c"], fingerprint="")
+    np.savez(tmp_path / "codes.npz", codes=codes, labels=labels, config=json.dumps(config))
+    tokens = train_ar.Tokens(tmp_path / "codes.npz")
+    autocast = torch.autocast("cpu", enabled=False)
+    result = train_ar.evaluate(ar, tokens, 3, "cpu", autocast, rank=0, world_size=1)
+    chosen = ar.measure(*tokens.batch([0, 10, 20], 0, "cpu"))
+    assert result["val_nats_visual"] == pytest.approx(chosen["nats_visual"].mean().item())
 
 
 def test_presets_are_the_rows_of_table_a5():

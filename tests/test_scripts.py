@@ -309,6 +309,11 @@ def test_without_classes_all_images_are_of_one(tmp_path):
     assert AR.load(out / "ar.safetensors").cfg.classes == ["all"]
     run("sample.py", "--out", out, "--num", 2)
     assert json.loads((out / "samples.json").read_text())["cfg_visual"] == 1
+    pictures = []
+    for flags in ([], ["--classes", "all"]):  # the one class is what it knows, not "unconditional"
+        run("sample.py", "--out", out, "--image", ROOT / "results" / "shoe.png", *flags)
+        pictures.append((out / "variations.png").read_bytes())
+    assert pictures[0] == pictures[1]
     run("train_stage1.py", "--data", folder() / "train", "--out", tmp_path / "one", "--onestage",
         "--no_classes", "--steps", 1, *STAGE1)
     assert AR.load(tmp_path / "one" / "ar.safetensors").cfg.classes == ["all"]

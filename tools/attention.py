@@ -161,8 +161,8 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--out", default="out", help="folder for the pictures, and where the pair is looked for")
-    flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
-    flag("--ar", help="AR file; by default that in --out, or else the shipped one")
+    flag("--tokenizer", help="tokenizer file; by default that in --out")
+    flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")
     flag("--data", default=str(BUNDLED / "val"), help="images in class folders")
     flag("--images", type=whole(1), default=64,
          help="of --data, that ar_attention.png is averaged over")

@@ -72,8 +72,8 @@ GROUPS = {
         "1d": Row("--layout 1d"),
         "onestage": Row("--onestage --ar_size nano"),
     },
-    # The same tokenizers, but an AR model that is not told the class; in the middle the tokens of
-    # post with other prologues
+    # AR models that are not told the class, on the tokenizers above (tau 1 and onestage train their
+    # own); from constant to k-means the visual tokens of post behind other prologues
     "no_classes": {
         "2d, no classes": Row(tokenizer="2d", classes=False),
         "prologue, no classes": Row(tokenizer="prologue", classes=False),
@@ -99,7 +99,8 @@ GROUPS = {
         "the class, patch 2": Row(tokenizer="post, patch 2", prologue="class", classes=False,
                                   stage2=0.5),
     },
-    # All images and a longer stage 1, without classes, an AR model as short of training as above
+    # All 60,000 images and four times the steps of stage 1, without classes. FID is still that to
+    # the bundled images, 10,000 for gFID and 2,000 for rFID.
     "full": {
         "2d, full": Row("--layout 2d", classes=False, full=True, stage1=4),
         "post, full": Row("--layout post", init="2d, full", classes=False, full=True, stage1=4),
@@ -297,12 +298,12 @@ class Cell:
                 frozen = self.cells[self.row.init, self.seed]
                 frozen.train_tokenizer()
                 flags += ["--init", frozen.out / "tokenizer.safetensors"]
-            data = ["--num_workers", 0]
+            loading = ["--num_workers", 0]
             if self.row.full:
-                data += ["--data", self.out.parent / FULL / "train"]
-            self.train("train_stage1.py", STAGE1, self.row.stage1, *data, *flags)
+                loading += ["--data", self.out.parent / FULL / "train"]
+            self.train("train_stage1.py", STAGE1, self.row.stage1, *loading, *flags)
             if not (self.out / "codes_val.npz").exists():
-                self.script("pretokenize.py", "--out", self.out, *data)
+                self.script("pretokenize.py", "--out", self.out, *loading)
             if not (self.out / "rfid.json").exists():
                 scores = self.script("fid.py", "--json", "--tokenizer", tokenizer)
                 with writing(self.out / "rfid.json") as temporary:
@@ -414,7 +415,7 @@ def run_cells(args):
 
 
 def read_cells(out):
-    """{row: its cells, by seed}. Raises InputError where there are none."""
+    """{row: [its cells, ordered by seed]}. Raises InputError where there are none."""
     cells = {}
     for path in sorted(Path(out).glob("*/cell.json")):
         cell = json.loads(path.read_text())

@@ -156,8 +156,8 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--out", default="out", help="folder where the pair is looked for")
-    flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
-    flag("--ar", help="AR file; by default that in --out, or else the shipped one")
+    flag("--tokenizer", help="tokenizer file; by default that in --out")
+    flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")
     flag("--preset", choices=PRESETS,
          help="settings to start with; by default the AR file's own, or tiny")
     flag("--columns", type=whole(1), default=8, help="pictures drawn at a time")

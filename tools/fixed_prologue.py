@@ -53,8 +53,8 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--out", default="out", help="folder where the pair is looked for")
-    flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
-    flag("--ar", help="AR file; by default that in --out, or else the shipped one")
+    flag("--tokenizer", help="tokenizer file; by default that in --out")
+    flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")
     flag("--pairs", type=whole(1), default=1000, help="of images, for each of the two comparisons")
     flag("--seed", type=whole(0), default=0, help="of the noise")
     flag("--inception", metavar="FILE", help="torch-fidelity's weights, else they are downloaded")

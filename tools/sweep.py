@@ -155,8 +155,8 @@ def parse_args():
     flag = parser.add_argument
     flag("axes", nargs="+", metavar="NAME=VALUE,VALUE",
          help=f"NAME is one of {', '.join(SETTINGS)}")
-    flag("--tokenizer", help="tokenizer file; by default that in --out, or else the shipped one")
-    flag("--ar", help="AR file; by default that in --out, or else the shipped one")
+    flag("--tokenizer", help="tokenizer file; by default that in --out")
+    flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--preset", choices=PRESETS,
          help="settings of what is not swept; by default the AR file's own, or tiny")
