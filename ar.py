@@ -78,9 +78,10 @@ class AR(nn.Module):
         self.length = cfg.num_prologue + num_eos + cfg.num_visual  # L
         self.eos = cfg.codebook_size + cfg.prologue_codebook_size
         vocabulary = self.eos + num_eos
+        # A class begins the sequence, where a language model has BOS; the last row is for none.
         self.bos = nn.Embedding(cfg.num_classes + 1, cfg.dim)
         self.embedding = nn.Embedding(vocabulary, cfg.dim)
-        self.drop = nn.Dropout(cfg.dropout)
+        self.dropout = nn.Dropout(cfg.dropout)
         self.transformer = Transformer(cfg.layers, cfg.dim, cfg.head_dim, hidden_ratio=11 / 4,
                                        bias=False, dropout=cfg.dropout)
         self.norm = RMSNorm(cfg.dim)
@@ -125,7 +126,7 @@ class AR(nn.Module):
         else:  # the vocabulary is the visual codebook
             x = onehot[:, :-1] @ self.embedding.weight
         x = torch.cat([self.bos(labels)[:, None], x], 1)  # (B, L, D)
-        x = self.transformer(self.drop(x), self.angles, causal=True)
+        x = self.transformer(self.dropout(x), self.angles, causal=True)
         with torch.autocast(x.device.type, enabled=False):
             return self.head(self.norm(x))
 

@@ -159,7 +159,9 @@ class ImageSource:
     def list_files(self):
         """Names of all files in the folder, or in the zip, which is opened."""
         if self.path.is_dir():
-            return [str(file) for file in self.path.rglob("*")]
+            return [os.path.join(folder, name)
+                    for folder, _, files in os.walk(self.path, followlinks=True)
+                    for name in files]
         candidates = [self.path, *self.path.parents]
         zips = [path for path in candidates if path.suffix.lower() == ".zip" and path.is_file()]
         if not zips:
@@ -345,7 +347,8 @@ def extract(network, source, device, batch_size, title, keep=0):
     rank = get_rank()
     world_size = get_world_size()
     if len(source) < max(2, world_size):
-        raise InputError(f"{title}: {len(source)} are too few images, 2 and 1 per rank are needed")
+        raise InputError(f"{title}: {len(source)} images are too few; there must be at least 2, "
+                         "and one for each rank")
     start = rank * len(source) // world_size
     stop = (rank + 1) * len(source) // world_size
     moments = {}
@@ -623,23 +626,28 @@ def positive_int(text):
 
 def parse_args():
     parser = argparse.ArgumentParser(
-        description="FID, sFID, Inception Score, precision and recall; rFID and PSNR.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="FID, sFID, Inception Score, precision and recall; rFID and PSNR."
     )
     flag = parser.add_argument
-    flag("samples", nargs="?", help="npz, folder or zip of images, else samples.npz in --out")
-    flag("reference", nargs="?", default=str(DATA / "train"), help="npz, folder or zip of images")
+    flag("samples", nargs="?", help="npz, folder or zip of images; by default samples.npz in --out")
+    flag("reference", nargs="?", default=str(DATA / "train"),
+         help="npz, folder or zip of images; by default the bundled training images")
     flag("--tokenizer", metavar="FILE", help="score its reconstructions of --data instead: rFID, "
          "and PSNR as the mean over images of that of their uint8 pixels")
-    flag("--data", default=str(DATA / "val"), help="images to reconstruct with --tokenizer")
+    flag("--data", default=str(DATA / "val"),
+         help="images to reconstruct with --tokenizer; by default the bundled held-out ones")
     flag("--ssim", action="store_true", help="with --tokenizer: add SSIM")
     flag("--lpips", action="store_true", help="with --tokenizer: add LPIPS (VGG16)")
     networks = ["auto", "inception", "fashion"]
-    flag("--features", default="auto", choices=networks, help="auto: fashion for 28 x 28 images")
-    flag("--inception", metavar="FILE", help="torch-fidelity's weights, else they are downloaded")
-    flag("--batch_size", type=positive_int, default=100, help="images per forward of each rank")
-    flag("--out", default="out", help="folder where samples.npz is looked for")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
+    flag("--features", default="auto", choices=networks,
+         help="network: auto, the default, is fashion for 28 x 28 images and else inception")
+    flag("--inception", metavar="FILE",
+         help="file of its weights, torch-fidelity's; by default they are downloaded")
+    flag("--batch_size", type=positive_int, default=100,
+         help="images per forward of each rank; by default %(default)s")
+    flag("--out", default="out", help="folder where samples.npz is looked for; by default out")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
+         help="auto, the default, is what torch finds")
     flag("--json", action="store_true", help="print one JSON line instead of the table")
     args = parser.parse_args()
     if args.tokenizer and args.samples:

@@ -31,8 +31,8 @@ import torch.distributed as dist
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from tokenizer import (Block, InputError, Tokenizer, attention_backend, to_float, whole,
-                       writing)
+from tokenizer import (Block, HelpFormatter, InputError, Tokenizer, attention_backend, to_float,
+                       whole, writing)
 
 BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -166,9 +166,9 @@ def is_image(name):
 
 def default_val(data):
     """The path `val` beside training images at a path `train`, or None if nothing is there."""
-    val = Path(data).with_name("val")
     if Path(data).name != "train":
         return None
+    val = Path(data).with_name("val")
     archive, inside = split_zip(val)
     if archive is None:
         return str(val) if val.is_dir() else None
@@ -289,10 +289,10 @@ def part_file(folder, part):
 
 def join_parts(target, name, folder, count, **others):
     """Writes the arrays of `count` part files, one behind the other, as `name` into the .npz
-    `target`, and `others` beside it; then removes the parts. Holds one part in memory at a time."""
+    `target`, and `others` beside it; then removes the parts. At most two parts are in memory."""
     parts = [part_file(folder, part) for part in range(count)]
-    first = np.load(parts[0], mmap_mode="r")
-    rows = (count - 1) * len(first) + len(np.load(parts[-1], mmap_mode="r"))
+    first = np.load(parts[0])
+    rows = (count - 1) * len(first) + len(np.load(parts[-1]))
     header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False,
               "shape": (rows, *first.shape[1:])}
     with writing(target) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -303,7 +303,6 @@ def join_parts(target, name, folder, count, **others):
         for key, value in others.items():
             with archive.open(f"{key}.npy", "w") as file:
                 np.lib.format.write_array(file, np.asanyarray(value), allow_pickle=False)
-    del first  # Windows removes no file that is still mapped
     shutil.rmtree(folder)
 
 
@@ -375,7 +374,7 @@ def tokenize(tokenizer, images, target, args, crops, flip, device, autocast, ran
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Turn images into tokens.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("--data", default=str(BUNDLED / "train"),
          help="training images: a folder, zip, or path into a zip, with a folder for each class")
@@ -441,21 +440,25 @@ def main():
             if isinstance(module, Block):
                 module.compile(dynamic=False)
 
-    # Training images
-    where = dict(device=device, autocast=autocast, rank=rank, world_size=world_size)
+    # Images
     images = Images(args.data)
-    tokenize(tokenizer, images, out / "codes.npz", args, crops=args.crops, flip=args.flip, **where)
-
-    # Held-out images, with one crop each
     val_data = args.val_data or default_val(args.data)
-    if val_data:
-        val_images = Images(val_data)
-        val_crops = "none" if args.crops == "none" else "center"
-        if val_images.classes == images.classes:
-            tokenize(tokenizer, val_images, out / "codes_val.npz", args, crops=val_crops,
-                     flip=False, **where)
-        elif rank == 0:
+    val_images = Images(val_data) if val_data else None
+    if val_images is not None and val_images.classes != images.classes:
+        val_images = None
+        if rank == 0:
             print(f"{val_data} has other classes than {args.data}: no held-out tokens are made")
+
+    # Held-out images first, with one crop each: they are few, and a run that goes on later makes
+    # them anew
+    where = dict(device=device, autocast=autocast, rank=rank, world_size=world_size)
+    val_target = out / "codes_val.npz"
+    if val_images is not None:
+        val_crops = "none" if args.crops == "none" else "center"
+        tokenize(tokenizer, val_images, val_target, args, crops=val_crops, flip=False, **where)
+    elif rank == 0 and val_target.exists():
+        val_target.unlink()  # held-out tokens of an earlier run would not belong to these
+    tokenize(tokenizer, images, out / "codes.npz", args, crops=args.crops, flip=args.flip, **where)
 
     if world_size > 1:
         dist.barrier()

@@ -8,10 +8,15 @@
 
 Class and noise of an image depend on its number and the seed alone, so ranks and batch size change
 nothing but the rounding, and a run that was stopped goes on where it was. In --out it leaves
-samples.png (a row for each of ten classes), fixed_prologue.png (each row one prologue, its visual
-tokens drawn anew; the last row has prologues of its own), reconstructions.png, samples.npz (arr_0
-uint8 (N, H, W, 3), arr_1 labels), samples.json, which says how they were drawn, and with --sheet N
-also sheet.png, N x N images. With --image it leaves variations.png alone.
+
+    samples.png            a row for each of ten classes
+    fixed_prologue.png     each row one prologue, its visual tokens drawn anew; the last row has
+                           prologues of its own (for models with a prologue)
+    reconstructions.png    of --data, or of the bundled images (for 28 x 28 tokenizers)
+    samples.npz            arr_0 uint8 (N, H, W, 3), arr_1 labels; samples.json says how drawn
+    sheet.png              with --sheet N: N x N images
+
+and with --image variations.png alone.
 """
 
 import argparse
@@ -32,8 +37,8 @@ from tqdm import tqdm
 from ar import AR, SCHEDULES, check_pair
 from pretokenize import (BUNDLED, PART_SIZE, Images, center_crop, join_parts, open_image,
                          part_file, parts_folder, save_grid)
-from tokenizer import (InputError, Tokenizer, attention_backend, real, to_float, to_uint8, whole,
-                       writing)
+from tokenizer import (HelpFormatter, InputError, Tokenizer, attention_backend, real, to_float,
+                       to_uint8, whole, writing)
 
 # Paper table A5: guidance of both token groups and the power of its cosine; and for sampling
 # without guidance the temperatures of prologue and visual tokens (with it they are 1). The first
@@ -175,7 +180,7 @@ def class_numbers(chosen, ar):
     for text in chosen:
         if text in names:
             numbers.append(names.index(text))
-        elif text.isdigit() and int(text) < count:
+        elif text.isdecimal() and int(text) < count:
             numbers.append(int(text))
         else:
             known = f" or one of {', '.join(names[:20])}" if names else ""
@@ -293,7 +298,7 @@ def count_copies(batches):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Draw images.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("--tokenizer", help="tokenizer file; by default that in --out")
     flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")

@@ -51,7 +51,7 @@ def can_flash(device, dtype):
 
 
 def attention_backend(device, dtype):
-    """What `attention` uses, in words: every script prints it once."""
+    """What `attention` uses, in words, for the scripts to print."""
     if can_flash(device, dtype):
         return "flash-attn"
     name = "torch's scaled_dot_product_attention"
@@ -179,11 +179,11 @@ class Block(nn.Module):
         self.attn = Attention(dim, head_dim, bias)
         self.norm2 = RMSNorm(dim)
         self.mlp = MLP(dim, hidden, bias)
-        self.drop = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, cos, sin, causal=False, cache=None, start=0):
-        x = x + self.drop(self.attn(self.norm1(x), cos, sin, causal, cache, start))
-        x = x + self.drop(self.mlp(self.norm2(x)))
+        x = x + self.dropout(self.attn(self.norm1(x), cos, sin, causal, cache, start))
+        x = x + self.dropout(self.mlp(self.norm2(x)))
         return x
 
 
@@ -275,8 +275,9 @@ class VisualQuantizer(nn.Module):
         return unit_norm(F.embedding(codes, self.codebook))
 
     def forward(self, h):
-        """h (B, N, D) -> straight-through codes (B, N, c), indices (B, N), loss. Paper section 2
-        and appendix E."""
+        """h (B, N, D) -> straight-through codes (B, N, c), indices (B, N), loss. Paper section 2;
+        the 0.25 is the official code's, the paper (appendix E) gives a weight of 1, which may be
+        that of the whole loss."""
         with exact_fp32(h.device.type):
             z = self.project(h)  # (B, N, c)
             codes = nearest_code(z, self.codebook)  # (B, N)
@@ -648,12 +649,21 @@ def read_checkpoint(path, kind, build):
     return model.eval().requires_grad_(False)
 
 
-# Bad input
+# Bad input, and flags
 
 
 class InputError(SystemExit):
     """What the user gave cannot be used; the message is one sentence that names it and says what
     would be right. Nobody has to catch it: Python prints the sentence and exits with code 1."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that names the default of a flag, but for switches and where the text explains it."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def whole(minimum):

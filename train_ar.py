@@ -34,8 +34,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig, check_pair
 from pretokenize import save_grid
-from tokenizer import (InputError, Tokenizer, TokenizerConfig, attention_backend, real, to_uint8,
-                       whole, writing)
+from tokenizer import (HelpFormatter, InputError, Tokenizer, TokenizerConfig, attention_backend,
+                       real, to_uint8, whole, writing)
 
 # Data
 
@@ -156,8 +156,8 @@ def adamw_groups(module, betas, weight_decay):
 
 
 def learning_rate(step, args):
-    """Of step 1, 2, ...: linear warmup, --hold steps at --lr, then linear decay to --min_lr over
-    the steps that are left, if any are."""
+    """The learning rate at a step, which is counted from 1: linear warmup, --hold steps at --lr,
+    then linear decay to --min_lr over the steps that are left, if any are."""
     if step <= args.warmup:
         return args.lr * step / args.warmup
     decay_steps = max(1, args.steps - args.warmup - args.hold)
@@ -244,7 +244,8 @@ def load_state(path, fixed, args, parts, rank, world_size):
         args_before = state["args"]
     except Exception as error:  # of pickle, zipfile or torch; InputError is none, and passes
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
+        raise InputError(f"{path} cannot be loaded: {reason}; without --resume the run "
+                         "begins anew") from None
     if rank == 0:
         print(f"going on from step {step}")
         for name, value in args.items():
@@ -301,7 +302,7 @@ def as_text(entry):
 def parse_args():
     parser = argparse.ArgumentParser(
         description="Train an AR model. Defaults are the tiny demo's, recipes/ has the paper's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=HelpFormatter)
     flag = parser.add_argument
 
     # Data and model
@@ -468,7 +469,7 @@ def main():
             wandb_run = start_wandb(args, "train_ar")
         start_log(out / "train_ar.jsonl", start_step)
     ar.train()
-    skipped = torch.zeros((), device=device)  # steps in a row
+    skipped = torch.zeros((), device=device)  # steps in a row, up to now
     asked_to_stop = torch.zeros(1)
     start = time.perf_counter()
     clock = start

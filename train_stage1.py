@@ -56,12 +56,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import ar as ar_file
 from ar import AR, ARConfig, check_pair
+from ar import SIZES as AR_SIZES
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, no_crop,
                          random_crop, save_grid)
-from tokenizer import (LAYOUTS, SIZES, InputError, Tokenizer, TokenizerConfig, Transformer,
-                       attention_backend, real, to_float, to_uint8, whole, writing)
+from tokenizer import (LAYOUTS, SIZES, HelpFormatter, InputError, Tokenizer, TokenizerConfig,
+                       Transformer, attention_backend, real, to_float, to_uint8, whole, writing)
 
 # Models and losses
 
@@ -70,8 +70,8 @@ class Stage1(nn.Module):
     """Tokenizer and joint AR model in one forward, as DistributedDataParallel wants it.
 
     lambda (`ce_weight`) multiplies the gradient that CE sends into the one-hot codes and nothing
-    else: so the encoder is trained on lambda * CE and the AR model on CE, as two
-    separate updates would.
+    else: so the encoder is trained on lambda * CE and the AR model on CE, just as by two
+    separate updates.
     """
 
     def __init__(self, tokenizer, ar, ce_weight, direct_ce=False):
@@ -271,13 +271,13 @@ def build_models(args, classes):
         return tokenizer, None
     if not args.onestage:
         classes = []  # the joint AR model is unconditional
-    size = ar_file.SIZES[args.ar_size]
+    size = AR_SIZES[args.ar_size]
     if args.init_ar is not None:
         old = AR.load(args.init_ar)
         check_pair(tokenizer, old, names=("the tokenizer", args.init_ar))
         if old.cfg.num_classes != len(classes):
-            raise InputError(f"--init_ar {args.init_ar} knows {old.cfg.num_classes} classes, here "
-                             f"are {len(classes)} (none without --onestage)")
+            raise InputError(f"--init_ar {args.init_ar} knows {old.cfg.num_classes} classes, this "
+                             f"run has {len(classes)} (none without --onestage)")
         if old.cfg.classes not in ([], classes):
             raise InputError(f"--init_ar {args.init_ar} was trained on the classes "
                              f"{old.cfg.classes[:3]}..., {args.data} has {classes[:3]}...")
@@ -303,8 +303,8 @@ def adamw_groups(module, betas, weight_decay):
 
 
 def learning_rate(step, args):
-    """Of step 1, 2, ...: linear warmup, --hold steps at --lr, then linear decay to --min_lr over
-    the steps that are left, if any are."""
+    """The learning rate at a step, which is counted from 1: linear warmup, --hold steps at --lr,
+    then linear decay to --min_lr over the steps that are left, if any are."""
     if step <= args.warmup:
         return args.lr * step / args.warmup
     decay_steps = max(1, args.steps - args.warmup - args.hold)
@@ -470,7 +470,8 @@ def load_state(path, fixed, args, parts, rank, world_size):
         args_before = state["args"]
     except Exception as error:  # of pickle, zipfile or torch; InputError is none, and passes
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path} is no whole training state, remove it: {reason}") from None
+        raise InputError(f"{path} cannot be loaded: {reason}; without --resume the run "
+                         "begins anew") from None
     if rank == 0:
         print(f"going on from step {step}")
         for name, value in args.items():
@@ -536,7 +537,7 @@ MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_pro
 def parse_args():
     parser = argparse.ArgumentParser(
         description="Train a tokenizer. Defaults are the tiny demo's, recipes/ has the paper's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=HelpFormatter)
     flag = parser.add_argument
 
     # Data
@@ -562,18 +563,19 @@ def parse_args():
     flag("--code_dim", type=whole(1), help="dimensions of a code")
     flag("--num_prologue", type=whole(1), help="prologue tokens K")
     flag("--prologue_codebook_size", type=whole(2), help="prologue codes P")
-    flag("--tau", type=real(1e-3), help="temperature of Prob-STE, 0.1 for a new prologue")
+    flag("--tau", type=real(1e-3), help="temperature of Prob-STE, by default 0.1 or that of --init")
 
     # Joint AR model
-    flag("--ar_size", default="nano", choices=ar_file.SIZES, help="of the joint AR model")
+    flag("--ar_size", default="nano", choices=AR_SIZES, help="of the joint AR model")
     flag("--init_ar", metavar="AR",
          help="AR file whose weights the joint AR model starts from; its size counts")
     flag("--onestage", action="store_true",
          help="the AR model is the final one: it sees the classes, there is no stage 2")
     flag("--no_classes", action="store_true",
-         help="--onestage without classes: all images count as one class")
+         help="with --onestage: an unconditional model, all images count as one class")
     flag("--direct_ce", action="store_true",
-         help="layouts 1d and 2d: cross-entropy on the visual tokens themselves (Fig. 5)")
+         help="layouts 1d and 2d: cross-entropy on the visual tokens themselves (Fig. 5, there "
+         "with --tau 1)")
     flag("--ce_weight", type=real(0), default=3.0,
          help="lambda: factor of CE's gradient into the tokenizer")
     flag("--visual_dropout", type=real(0, 1), default=0.5,
@@ -709,11 +711,12 @@ def main():
     if args.gan_weight > 0:
         if micro < 2 or size < 24:
             raise InputError("the discriminator needs 2 images of 24 pixels or more per forward, "
-                             f"here are {micro} of {size}; train without it by --gan_weight 0")
+                             f"this run has {micro} of {size}; train without it by --gan_weight 0")
         discriminator = Discriminator(args.gan_channels).to(device)
     if rank == 0:
         parameters = sum(p.numel() for p in tokenizer.parameters()) / 1e6
-        print(f"{args.layout}: {parameters:.1f}M parameters, {len(images)} images", flush=True)
+        print(f"{args.layout}: {parameters:.1f}M parameters, {len(images)} images of "
+              f"{len(images.classes)} classes", flush=True)
 
     # Optimizers. beta1 is 0 for the two players of the GAN: momentum would push a player on
     # against an opponent that has moved meanwhile.
@@ -793,7 +796,7 @@ def main():
         start_log(out / "train_stage1.jsonl", start_step)
     stage1.train()
     zero = torch.zeros((), device=device)
-    skipped = torch.zeros((), device=device)  # steps in a row
+    skipped = torch.zeros((), device=device)  # steps in a row, up to now
     asked_to_stop = torch.zeros(1)
     start = time.perf_counter()
     clock = start

@@ -264,14 +264,17 @@ def run_with_ranks(ranks, *args):
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory):
-    """Two sets of random 28 x 28 images, each as a.npz, a_small.npz, a folder a and a.zip."""
+    """Two sets of random 28 x 28 images, each as a.npz, a_small.npz, a.zip and a folder a with a
+    link to the class folder."""
     folder = tmp_path_factory.mktemp("sides")
     rng = np.random.default_rng(0)
     for name, n in (("a", 14), ("b", 11)):
         images = rng.integers(0, 256, (n, 28, 28, 3), np.uint8)
         np.savez(folder / f"{name}.npz", images, np.arange(n) % 10)
         np.savez_compressed(folder / f"{name}_small.npz", images)
-        (folder / name / "class").mkdir(parents=True)
+        (folder / f"class_of_{name}").mkdir()
+        (folder / name).mkdir()
+        (folder / name / "class").symlink_to(folder / f"class_of_{name}")
         with zipfile.ZipFile(folder / f"{name}.zip", "w") as archive:
             for i, image in enumerate(images):
                 file = folder / name / "class" / f"{i:02}.png"
@@ -383,7 +386,7 @@ def test_bad_images(run, weights, tmp_path):
         ("objects.npz", "good.npz", "arr_0 is object"),
         ("cut.npz", "good.npz", "cut.npz: its array mu cannot be read"),
         ("cut.zip", "good.npz", "cut.zip is not a whole zip file"),
-        ("one.npz", "good.npz", "1 are too few images"),
+        ("one.npz", "good.npz", "1 images are too few"),
         ("mixed", "good.npz", "1.png in"),
         ("text", "good.npz", "0.png in"),
         ("empty", "good.npz", "empty holds no images"),

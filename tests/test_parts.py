@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train_ar
 import train_stage1
 from ar import AR, check_pair, sample_codes
-from pretokenize import (Images, center_crop, five_crops, join_parts, load_batches, part_file,
-                         parts_folder)
+from pretokenize import (BUNDLED, Images, center_crop, default_val, five_crops, join_parts,
+                         load_batches, part_file, parts_folder)
 from sample import PRESETS, pack_for_cpu, preset_settings
 from test_all import LABELS, gradients, models
 from tokenizer import (InputError, Tokenizer, attention, nearest_code, prob_ste, save_checkpoint,
@@ -341,6 +341,16 @@ def test_images_are_read_as_they_come(tmp_path):
     table.write_text("ImageId,PredictionString\na n02 1 2 3 4\n")
     with pytest.raises(InputError, match="LOC_val_solution.csv is not Kaggle's table"):
         Images(tmp_path)
+
+
+def test_held_out_images_are_looked_for_beside_train(tmp_path):
+    (tmp_path / "train").mkdir()
+    assert default_val(tmp_path / "train") is None
+    (tmp_path / "val").mkdir()
+    assert default_val(tmp_path / "train") == str(tmp_path / "val")
+    assert default_val(tmp_path / "val") is None
+    assert default_val(".") is None
+    assert default_val(BUNDLED / "train") == str(BUNDLED / "val")
 
 
 def test_a_replaced_image_changes_the_digest_of_contents(tmp_path):

@@ -303,6 +303,19 @@ def test_wandb_gets_every_line_of_the_log(tmp_path):
         assert lines == log
 
 
+def test_token_files_of_two_runs_do_not_mix(tmp_path):
+    out = stage2_folder(tmp_path / "out")
+    (out / "codes.npz").unlink()
+    data = ["--data", folder() / "val", "--out", out]
+    code, text = script("pretokenize.py", *data, "--val_data", "nowhere")
+    assert code == 1
+    assert "nowhere" in text
+    assert not (out / "codes.npz").exists()  # said before the long work
+    run("pretokenize.py", *data)
+    assert (out / "codes.npz").exists()
+    assert not (out / "codes_val.npz").exists()  # those of the earlier run
+
+
 def test_without_classes_all_images_are_of_one(tmp_path):
     out = stage2_folder(tmp_path / "out")
     run("train_ar.py", "--out", out, "--no_classes", "--steps", 1, *STAGE2)
@@ -519,11 +532,11 @@ def bad_inputs(tmp_path):
     yield "has layout prologue: give --layout prologue", [*stage1, "--layout", "2d", "--init",
                                                           tokenizer]
     yield "--num_prologue 4: --init", [*stage1, "--num_prologue", 4, "--init", tokenizer]
-    yield "knows 2 classes, here are 0", [*stage1, "--init", tokenizer, "--init_ar", ar]
+    yield "knows 2 classes, this run has 0", [*stage1, "--init", tokenizer, "--init_ar", ar]
     inside_a_file = made / "cut.safetensors" / "out"
     yield "cannot be written: Not a directory", [*stage1, *STAGE1, "--out", inside_a_file]
-    yield "is no whole training state", [*stage1, "--resume", "--out", made / "state"]
-    yield "no whole training state, remove it: 'ema'", [*stage1, *STAGE1, "--resume", "--out",
+    yield "cannot be loaded: ", [*stage1, "--resume", "--out", made / "state"]
+    yield "cannot be loaded: 'ema'", [*stage1, *STAGE1, "--resume", "--out",
                                                         made / "parts"]
     yield "'ar' weights where 'tokenizer'", ["pretokenize.py", "--data", train, "--tokenizer", ar]
     yield "cut.safetensors is not a whole", ["sample.py", "--tokenizer", made / "cut.safetensors",

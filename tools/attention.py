@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tokenizer as tokenizer_file
 from pretokenize import BUNDLED, Images, center_crop
 from sample import class_numbers, default_preset, draw, load_pair, pack_for_cpu, preset_settings
-from tokenizer import InputError, to_float, to_uint8, whole, writing
+from tokenizer import HelpFormatter, InputError, to_float, to_uint8, whole, writing
 
 
 def attention_weights(call):
@@ -158,7 +158,7 @@ def save_maps(path, images, weights, grid):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Where the models look.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("--out", default="out", help="folder for the pictures, and where the pair is looked for")
     flag("--tokenizer", help="tokenizer file; by default that in --out")

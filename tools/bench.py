@@ -42,7 +42,7 @@ import ar as ar_file
 from ar import AR, ARConfig
 from pretokenize import Images
 from sample import cast_linears, pack_for_cpu
-from tokenizer import SIZES, InputError, Tokenizer, TokenizerConfig, attention, whole
+from tokenizer import SIZES, HelpFormatter, InputError, Tokenizer, TokenizerConfig, attention, whole
 from train_stage1 import Discriminator, Stage1, training_view
 
 # What the recipe of a size sets beside the size, as far as it costs time
@@ -416,7 +416,7 @@ def run_job(job, batch_size, args):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Time the scripts beside their arithmetic.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("jobs", nargs="+", choices=JOBS, metavar="JOB", help=f"some of {', '.join(JOBS)}")
     flag("--size", default="B", choices=ar_file.SIZES,

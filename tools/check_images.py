@@ -20,12 +20,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretokenize import Images
-from tokenizer import InputError, whole
+from tokenizer import HelpFormatter, InputError, whole
 
 
 def main():
     parser = argparse.ArgumentParser(description="Name the images that cannot be read.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("data", help="a folder, zip, or path into a zip, as the trainers' --data")
     flag("--num_workers", type=whole(1), default=min(8, os.cpu_count()),

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pretokenize import BUNDLED, Images, save_grid
-from tokenizer import InputError, real, whole, writing
+from tokenizer import HelpFormatter, InputError, real, whole, writing
 
 # What differs from the trainers' defaults, which are those of the demo
 STAGE1 = dict(steps=1000, batch_size=32, lr=5e-4, min_lr=5e-5, warmup=50, hold=400)
@@ -543,7 +543,7 @@ def report(args):
 
 def main():
     parser = argparse.ArgumentParser(description="The paper's comparisons in miniature.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("rows", nargs="*", default=list(GROUPS), metavar="ROW",
          help=f"names of rows, or of their groups {', '.join(GROUPS)}")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ar as ar_file
 from ar import AR, ARConfig
-from tokenizer import SIZES, Tokenizer, TokenizerConfig, real
+from tokenizer import SIZES, HelpFormatter, Tokenizer, TokenizerConfig, real
 from train_stage1 import Discriminator, Stage1
 
 # What recipes/*.sh train. The hours are those of the paper's appendix E, hours times A100s.
@@ -118,7 +118,7 @@ def print_row(name, flops, state, images, paper_hours, args):
 
 def main():
     parser = argparse.ArgumentParser(description="What each recipe costs on paper.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("--tflops", type=real(1e-3), default=312, help="peak TFLOP/s of the GPU in bf16")
     flag("--mfu", type=real(1e-3, 1), default=0.4,

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tokenizer import InputError
+from tokenizer import HelpFormatter, InputError
 
 
 def read_log(path):
@@ -47,7 +47,7 @@ def add_images(path, entries):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Curves out of the .jsonl logs.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("runs", nargs="+", help="--out folders of runs")
     flag("--log", default="train_ar.jsonl", help="name of the log in each of them")

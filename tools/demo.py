@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from pretokenize import center_crop
 from sample import (PRESETS, decode, default_preset, draw, load_pair, pack_for_cpu,
                     preset_settings)
-from tokenizer import InputError, to_float, to_uint8, whole
+from tokenizer import HelpFormatter, InputError, to_float, to_uint8, whole
 
 # The settings that have a slider, and its ends
 SLIDERS = {
@@ -153,7 +153,7 @@ def build_page(session, settings):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="A page to draw images on.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("--out", default="out", help="folder where the pair is looked for")
     flag("--tokenizer", help="tokenizer file; by default that in --out")

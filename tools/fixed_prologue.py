@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fid
 from sample import decode, draw, load_pair, pack_for_cpu
-from tokenizer import InputError, whole
+from tokenizer import HelpFormatter, InputError, whole
 
 BATCH_SIZE = 100
 
@@ -50,7 +50,7 @@ def print_comparison(name, a, b):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="How much of an image its prologue decides.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("--out", default="out", help="folder where the pair is looked for")
     flag("--tokenizer", help="tokenizer file; by default that in --out")

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fid
 from pretokenize import BUNDLED, Images, center_crop, default_val, load_batches, save_grid
 from sample import count_copies
-from tokenizer import InputError, Tokenizer, to_float, to_uint8, whole
+from tokenizer import HelpFormatter, InputError, Tokenizer, to_float, to_uint8, whole
 
 
 def pixel_vectors(images):
@@ -100,7 +100,7 @@ def spread(count, length):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Samples beside the nearest training images.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("samples", nargs="?", default="out/samples.npz", help="npz of sample.py")
     flag("--data", help="training images: a folder, zip, or path into a zip; by default the "

@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretokenize import BUNDLED, Images, center_crop, default_val, load_batches
-from tokenizer import InputError, Tokenizer, real, to_float, unit_norm, whole
+from tokenizer import HelpFormatter, InputError, Tokenizer, real, to_float, unit_norm, whole
 
 IMAGES_PER_BATCH = 100  # that the tokenizer sees at a time
 
@@ -158,7 +158,7 @@ def accuracy(probe, rows, labels, device):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Linear probe of a tokenizer's first tokens.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("tokenizers", nargs="+", metavar="TOKENIZER", help="tokenizer files")
     flag("--data", default=str(BUNDLED / "train"), help="training images, in class folders")

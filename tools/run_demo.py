@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenizer import whole, writing
+from tokenizer import HelpFormatter, whole, writing
 
 
 def run(name, *flags, minutes):
@@ -71,7 +71,7 @@ def make_table(nats, plain, guided, reconstruction, minutes):
 
 def main():
     parser = argparse.ArgumentParser(description="The five scripts on the bundled data.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("--layout", default="prologue", choices=["prologue", "2d", "1d"], help="of the tokenizer")
     flag("--out", default="out", help="folder for everything that is written")

@@ -27,7 +27,7 @@ from ar import SCHEDULES
 from pretokenize import BUNDLED
 from sample import (PRESETS, cast_linears, decode, default_preset, draw, load_pair, pack_for_cpu,
                     preset_settings)
-from tokenizer import InputError, real, whole, writing
+from tokenizer import HelpFormatter, InputError, real, whole, writing
 
 
 def schedule(text):
@@ -151,7 +151,7 @@ def save_picture(path, axes, rows):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="gFID over sampling settings.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("axes", nargs="+", metavar="NAME=VALUE,VALUE",
          help=f"NAME is one of {', '.join(SETTINGS)}")

@@ -35,7 +35,7 @@ import fid
 from ar import AR, check_pair
 from pretokenize import BUNDLED, Images, center_crop, default_val
 from sample import PRESETS, cast_linears, default_preset, pack_for_cpu, preset_settings
-from tokenizer import InputError, Tokenizer, real, whole, writing
+from tokenizer import HelpFormatter, InputError, Tokenizer, real, whole, writing
 
 
 class HeldOut:
@@ -135,7 +135,7 @@ def measure_ar(tokenizer, ar, args, network, reference, device, autocast):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="gFID and rFID of a run while it trains.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("out", help="the --out folder of the run")
     flag("--once", action="store_true", help="measure what is new and end")

@@ -32,7 +32,7 @@ import fid
 from ar import AR
 from pretokenize import BUNDLED
 from sample import decode, draw
-from tokenizer import InputError, Tokenizer, whole, writing
+from tokenizer import HelpFormatter, InputError, Tokenizer, whole, writing
 
 WITHOUT_CLASSES = ["2d, no classes", "constant", "post, no classes", "post, tau 1", "the class",
                    "k-means, 2 tokens"]
@@ -162,7 +162,7 @@ def save_picture(path, nats, gfids, kept, temperatures):
 
 def parse_args():
     parser = argparse.ArgumentParser(description="Where the gain of a prologue comes from.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=HelpFormatter)
     flag = parser.add_argument
     flag("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="of the cells")
     flag("--kept", type=int, choices=range(7), nargs="+", default=[0, 1, 2, 4],
