@@ -118,8 +118,7 @@ def build_page(session, settings):
             for name, (low, high) in SLIDERS.items():
                 sliders.append(gradio.Slider(low, high, settings[name], label=name))
         draw_all = gradio.Button("resample all", variant="primary")
-        pictures = gradio.Gallery(columns=session.columns + 2, height=160, label="pictures",
-                                  object_fit="contain")
+        pictures = gradio.Gallery(columns=5, height="auto", label="pictures", object_fit="contain")
         text = gradio.Markdown()
         headers = ["picture"] + [f"p{i + 1}" for i in range(k)]
         table = gradio.Dataframe(headers=headers, label="prologue codes", visible=k > 0)
