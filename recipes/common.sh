@@ -18,7 +18,7 @@ trap "exit 1" INT TERM
 
 # tokens NAME: the ten-crop tokens of the tokenizer in $RUNS/NAME, unless they are there already
 tokens() {
-    if [ "$RUNS/$1/tokenizer.safetensors" -nt "$RUNS/$1/codes_val.npz" ]; then
+    if [ "$RUNS/$1/tokenizer.safetensors" -nt "$RUNS/$1/codes.npz" ]; then
         $LAUNCH pretokenize.py --data "$DATA/train" --crops ten --batch_size 2560 --out "$RUNS/$1"
     fi
 }

@@ -2,8 +2,9 @@
 
     python -m pytest tests/test_gpu.py      # all are skipped where torch finds no CUDA
 
-Products are in TF32 there and sums in another order, so that numbers agree to about three digits,
-and a code that was nearly drawn otherwise may be.
+Products there are in TF32 and sums in another order, so numbers agree to about three digits, and a
+draw that was nearly a tie may give another code. The tolerances are those of CPU runs with operands
+rounded to TF32, with room above.
 """
 
 import functools
@@ -56,8 +57,9 @@ def train(layout, *flags, ranks=1):
     args = [*LAYOUTS[layout], *flags]
     if layout == "post":
         args += ["--init", train("2d", "--device", "cpu") / "tokenizer.safetensors"]
-    run("train_stage1.py", "--out", out, "--steps", 3, "--eval_images", 64, *SHORT, *args,
-        ranks=ranks)
+    # A low rate, because AdamW's first step is the sign of the gradient: there roundings grow
+    run("train_stage1.py", "--out", out, "--steps", 3, "--lr", 5e-5, "--eval_images", 64, *SHORT,
+        *args, ranks=ranks)
     return out
 
 
@@ -82,7 +84,7 @@ def test_stage_1_has_the_losses_of_the_cpu(layout):
         gpu = losses(train(layout, "--device", DEVICE, *flags) / "train_stage1.jsonl")
         assert_close(gpu, cpu, rtol=5e-3)
     bf16 = losses(train(layout, "--device", DEVICE, "--dtype", "bf16") / "train_stage1.jsonl")
-    assert_close(bf16, cpu, rtol=5e-2)
+    assert_close(bf16, cpu, rtol=2e-2)
 
 
 def test_stage_2_has_the_losses_of_the_cpu_and_resumes():
@@ -124,10 +126,11 @@ def samples(*flags):
         return file["arr_0"]
 
 
-@pytest.mark.parametrize("flags, share", [([], 0.9), (["--compile"], 0.9),
-                                          (["--dtype", "bf16"], 0.3),
-                                          (["--dtype", "bf16", "--compile"], 0.3)])
+@pytest.mark.parametrize("flags, share", [([], 0.5), (["--compile"], 0.5),
+                                          (["--dtype", "bf16"], 0.1),
+                                          (["--dtype", "bf16", "--compile"], 0.1)])
 def test_samples_are_those_of_the_cpu(flags, share):
+    """With a wrong cache, mask or noise hardly any image would be."""
     cpu = samples("--device", "cpu").astype(int)
     gpu = samples("--device", DEVICE, *flags).astype(int)
     alike = np.abs(cpu - gpu).mean((1, 2, 3)) < 1

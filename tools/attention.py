@@ -96,7 +96,7 @@ def ar_shares(weights, cfg):
     # Position p holds token p - 1 and predicts token p. The first visual token stands at `first`;
     # the queries are those with a row of tokens above the one they predict.
     first = length - cfg.num_visual + 1
-    queries = torch.arange(first + side, length)
+    queries = torch.arange(first - 1 + side, length)
     weights = weights[:, queries]  # (layers, queries, L)
     weights = weights / weights.sum(-1, keepdim=True)
     rows = torch.arange(len(queries))

@@ -428,7 +428,8 @@ def parse_args():
     flag("--batch_size", type=whole(1), nargs="+", default=[4], help="images at a time")
     flag("--perceptual", default="none", choices=["none", "vgg", "convnext", "both"],
          help="of stage1; it is not part of the floor")
-    flag("--repeat", type=whole(1), default=3, help="times of which the best counts")
+    flag("--repeat", type=whole(1), default=3,
+         help="times of which the best counts; sample and plain run only once on a CPU")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
          choices=["cuda", "cpu"], help="by default what torch finds")
     flag("--compile", action="store_true", help="also a flag of the trainers, and for sample")

@@ -10,9 +10,8 @@ A cell is a row with one seed. It trains a tokenizer on the bundled data, or tak
 row, and an AR model on its tokens; tries eight sampling settings without guidance and, if it knows
 the classes, six with it (500 samples each); and measures the best of each on 2,000 samples of
 another seed. Cells that share a tokenizer train it once. A run that was stopped goes on where it
-was. Beside the cells, in --out, it writes to --results: claims_table.md; claims_rows.png, the gFIDs
-of all rows without classes; claims_samples.png, samples of 2d, post and prologue; and
-claims_lambda.png.
+was. In --results it leaves claims_table.md; claims_rows.png, the gFIDs of all rows without classes;
+claims_samples.png, samples of 2d, post and prologue; and claims_lambda.png.
 """
 
 import argparse
@@ -302,7 +301,7 @@ class Cell:
             if self.row.full:
                 loading += ["--data", self.out.parent / FULL / "train"]
             self.train("train_stage1.py", STAGE1, self.row.stage1, *loading, *flags)
-            if not (self.out / "codes_val.npz").exists():
+            if not (self.out / "codes.npz").exists():  # the last file that it makes
                 self.script("pretokenize.py", "--out", self.out, *loading)
             if not (self.out / "rfid.json").exists():
                 scores = self.script("fid.py", "--json", "--tokenizer", tokenizer)
@@ -444,7 +443,7 @@ def mean_text(cells, key):
 def save_table(path, cells):
     """A table for each group."""
     lines = ["# Cells of tools/claims.py", "",
-             "Written by `python tools/claims.py --report`. Mean (seed 0, seed 1, ...)."]
+             "Written by `python tools/claims.py --report`. Mean (each seed, in this order)."]
     for group, rows in GROUPS.items():
         lines += ["", f"## {group}", ""]
         lines.append(f"| row | seeds | {' | '.join(COLUMNS)} |")
@@ -454,7 +453,8 @@ def save_table(path, cells):
                 lines.append(f"| {row} | not run |" + " |" * len(COLUMNS))
                 continue
             values = " | ".join(mean_text(cells[row], key) for key in COLUMNS.values())
-            lines.append(f"| {row} | {len(cells[row])} | {values} |")
+            seeds = ", ".join(str(cell["seed"]) for cell in cells[row])
+            lines.append(f"| {row} | {seeds} | {values} |")
     with writing(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
 
@@ -526,7 +526,7 @@ def save_samples(path, cells):
 
 def report(args):
     cells = read_cells(args.out)
-    results = Path(args.results)
+    results = Path(args.results or args.out)
     save_table(results / "claims_table.md", cells)
     print(results / "claims_table.md")
     try:
@@ -551,7 +551,7 @@ def main():
     flag("--scale", type=real(1e-3), default=1.0, help="factor on the steps of both stages")
     flag("--jobs", type=whole(1), default=1, help="cells at a time; they share the cores")
     flag("--out", default="claims", help="folder of the cells")
-    flag("--results", default=str(ROOT / "results"), help="folder of the table and the plots")
+    flag("--results", help="folder of the table and the plots; by default --out")
     flag("--report", action="store_true", help="only report what is there")
     args = parser.parse_args()
     known = {*GROUPS, *(name for rows in GROUPS.values() for name in rows)}

@@ -158,7 +158,8 @@ def parse_args():
     flag("--tokenizer", help="tokenizer file; by default that in --out")
     flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")
     flag("--preset", choices=PRESETS,
-         help="settings to start with; by default the AR file's own, or tiny")
+         help="settings to start with; by default the AR file's own or tiny, for a model of one "
+         "class unguided")
     flag("--columns", type=whole(1), default=8, help="pictures drawn at a time")
     flag("--port", type=whole(0), default=7860, help="of the page on this machine")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],

@@ -159,7 +159,8 @@ def parse_args():
     flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--preset", choices=PRESETS,
-         help="settings of what is not swept; by default the AR file's own, or tiny")
+         help="settings of what is not swept; by default the AR file's own or tiny, for a model of "
+         "one class unguided")
     flag("--no_cfg", action="store_true", help="the preset's settings without guidance")
     flag("--num", type=whole(2), default=1000, help="images for each combination")
     flag("--seed", type=whole(0), default=0, help="of the noise")

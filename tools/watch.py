@@ -151,7 +151,8 @@ def parse_args():
     flag("--num", type=whole(2), default=2000, help="images for each gFID")
     flag("--reference",
          help="npz, folder or zip that gFID compares with; by default the training images")
-    flag("--preset", choices=PRESETS, help="guidance; by default the AR file's own, or tiny")
+    flag("--preset", choices=PRESETS,
+         help="guidance; by default the AR file's own or tiny, for a model of one class unguided")
     flag("--seed", type=whole(0), default=0, help="of the noise")
 
     # Machine
@@ -193,7 +194,7 @@ def main():
     # computed when it is needed first.
     size = Tokenizer.load(tokenizer_path).cfg.image_size
     network = fid.feature_network("auto", size, args.inception, device)[1]
-    flags = training_state(out / "train_stage1.pt")[1]
+    flags = training_state(tokenizer_path.with_name("train_stage1.pt"))[1]
     data = flags.get("data", str(BUNDLED / "train"))
     val_data = args.val_data or flags.get("val_data") or default_val(data) or data
     originals = None
