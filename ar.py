@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import (InputError, RMSNorm, Transformer, attention, can_flash, init_weights,
-                       read_checkpoint, rope_angles, rope_axis_dims, save_checkpoint)
+from tokenizer import (RMSNorm, Transformer, attention, can_flash, init_weights, load_model,
+                       rope_angles, rope_axis_dims, save_checkpoint)
 
 # Paper table A4, but XL is 32 x 1280: the table's 24 x 2048 is a typo, its authors say. S is the
 # joint AR of stage 1, nano the joint AR of the tiny tokenizer.
@@ -54,10 +54,6 @@ class ARConfig:
     classes: list = field(default_factory=list)  # names in the order of the labels, where known
     tokenizer: str = ""  # fingerprint of the tokenizer whose codes these are, where known
     preset: str = ""  # the row of sample.PRESETS for this model, if it has one of its own
-
-    def __post_init__(self):
-        if self.classes and len(self.classes) != self.num_classes:
-            raise InputError(f"{len(self.classes)} class names for {self.num_classes} classes")
 
     @classmethod
     def for_tokenizer(cls, cfg, **rest):
@@ -94,12 +90,11 @@ class AR(nn.Module):
         angles = rope_angles(positions, rope_axis_dims(cfg.head_dim)[2], 10000.0)
         self.register_buffer("angles", angles, persistent=False)
         self.compiled_step = None  # see compile_step
+        self.caches = {}  # batch size: the caches of the compiled step
 
     def sequence(self, codes):
         """codes (B, K+N), each counted from 0 -> tokens (B, L) of the one vocabulary."""
         k = self.cfg.num_prologue
-        if codes.shape[1] != k + self.cfg.num_visual:
-            raise ValueError(f"{codes.shape[1]} codes given to an AR of {k}+{self.cfg.num_visual}")
         if k == 0:
             return codes
         eos = codes.new_full((len(codes), 1), self.eos)
@@ -116,7 +111,7 @@ class AR(nn.Module):
         k = self.cfg.num_prologue
         tokens = self.sequence(codes)[:, :-1]  # (B, L-1), the last token is never an input
         if drop is not None and k > 0:
-            visual = torch.arange(self.length - 1, device=tokens.device) > k  # behind EOS
+            visual = torch.arange(self.length - 1, device=tokens.device) > k  # all after EOS
             tokens = tokens.masked_fill(drop[:, None] & visual, self.eos)
         if onehot is None:
             x = self.embedding(tokens)
@@ -128,7 +123,7 @@ class AR(nn.Module):
         x = torch.cat([self.bos(labels)[:, None], x], 1)  # (B, L, D)
         x = self.transformer(self.dropout(x), self.angles, causal=True)
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(self.norm(x))
+            return padded_linear(self.norm(x), self.head.weight)
 
     @torch.no_grad()
     def measure(self, codes, labels):
@@ -138,7 +133,7 @@ class AR(nn.Module):
         tokens = self.sequence(codes)  # (B, L)
         logits = self(codes, labels)  # (B, L, vocabulary)
         nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
-        nats = nats.view(tokens.shape)
+        nats = nats.view(tokens.shape)  # (B, L)
         right = (logits.argmax(-1) == tokens).float()  # (B, L)
         groups = {"visual": slice(0, None)}
         if k > 0:
@@ -153,23 +148,21 @@ class AR(nn.Module):
         """From now on `generate` compiles the step of a single token, on CUDA to a CUDA graph. For
         each batch size its caches are kept, because a graph always writes to the same memory."""
         self.compiled_step = torch.compile(self.step, mode="reduce-overhead", dynamic=False)
-        self.caches = {}
 
     def step(self, x, caches, start):
-        """Inputs x (B, T, D) that follow `start` earlier ones -> last hidden state (B, D)."""
-        if torch.is_tensor(start):
-            angles = self.angles[start]
-        else:
-            angles = self.angles[start : start + x.shape[1]]
+        """Inputs x (B, T, D) that follow `start` earlier ones -> last hidden state (B, D). `start`
+        is an int, or in a compiled step a tensor (1,): then no shape changes, and T is 1."""
+        places = start if torch.is_tensor(start) else slice(start, start + x.shape[1])
+        angles = self.angles[places]  # (T, d/2)
         x = self.transformer(x, angles, causal=True, caches=caches, start=start)
         return self.norm(x[:, -1])
 
-    def draw_tokens(self, labels, prefix, rows, scales, noise, temperature, top_k, top_p):
-        """Draws len(scales) codes, one after the other, behind the tokens `prefix` (B, T).
+    def draw_tokens(self, labels, prefix, rows, scales, noise, **sampling):
+        """Draws len(scales) codes, one after the other, that follow the tokens `prefix` (B, T).
 
         rows: slice of the vocabulary to draw from. scales: guidance of each code. noise: (B, at
-        least len(scales)). Returns codes (B, len(scales)), counted from 0 in `rows`. Where a shape
-        says 2B, it is B without guidance.
+        least len(scales)). sampling: of sample_codes. Returns codes (B, len(scales)), counted from
+        0 in `rows`. Where a shape says 2B, it is B without guidance.
         """
         x = self.embedding(prefix)  # (B, T, D)
         guided = any(scale != 1 for scale in scales)
@@ -177,16 +170,16 @@ class AR(nn.Module):
             labels = torch.cat([labels, torch.full_like(labels, self.cfg.num_classes)])
             x = x.repeat(2, 1, 1)  # (2B, T, D)
         x = torch.cat([self.bos(labels)[:, None], x], 1)  # (2B, 1+T, D)
-        fixed = self.compiled_step is not None
-        caches = [KVCache(self.length, fixed) for _ in self.transformer.blocks]
-        if fixed:
+        compiled = self.compiled_step is not None
+        caches = [KVCache(self.length, compiled) for _ in self.transformer.blocks]
+        if compiled:
             caches = self.caches.setdefault(len(x), caches)  # those of an earlier call, if any
         start = 0
         codes = []
+        finite = True
         for i, scale in enumerate(scales):
-            if fixed and i > 0:
-                place = torch.full((1,), start, device=x.device)
-                h = self.compiled_step(x, caches, place)  # (2B, D)
+            if compiled and i > 0:
+                h = self.compiled_step(x, caches, torch.full((1,), start, device=x.device))
             else:
                 h = self.step(x, caches, start)  # (2B, D)
             start += x.shape[1]
@@ -195,11 +188,15 @@ class AR(nn.Module):
             if guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = scale * conditional + (1 - scale) * unconditional  # (B, codes)
-            code = sample_codes(logits, noise[:, i], temperature, top_k, top_p)  # (B,)
+            finite = logits.isfinite().all() & finite
+            code = sample_codes(logits, noise[:, i], **sampling)  # (B,)
             codes.append(code)
             x = self.embedding(code + rows.start)[:, None]  # (B, 1, D)
             if guided:
                 x = x.repeat(2, 1, 1)  # (2B, 1, D)
+        if not finite:
+            raise SystemExit("the logits are not finite: the weights are damaged, or the guidance "
+                             "is extreme")
         return torch.stack(codes, 1)
 
     @torch.no_grad()
@@ -218,13 +215,10 @@ class AR(nn.Module):
         visual: (B, m) with m < N, visual codes that the image begins with; the rest is drawn.
         noise: (B, K+N) uniform in [0, 1), which decides every draw; else it comes from `generator`.
         """
-        if self.training:
-            raise ValueError("generate needs the model in eval mode: call ar.eval() first")
         k = self.cfg.num_prologue
         n = self.cfg.num_visual
         v = self.cfg.codebook_size
-        if temperature_prologue is None:
-            temperature_prologue = temperature
+        sampling = dict(top_k=top_k, top_p=top_p)
         if noise is None:
             device = generator.device if generator else labels.device
             noise = torch.rand(len(labels), k + n, generator=generator, device=device)
@@ -232,36 +226,38 @@ class AR(nn.Module):
         prefix = labels.new_empty(len(labels), 0)  # (B, 0)
         if k > 0:
             if prologue is None:
-                prologue = self.draw_tokens(labels, prefix, rows=slice(v, self.eos),
-                                            scales=[cfg_prologue] * k, noise=noise,
-                                            temperature=temperature_prologue, top_k=top_k,
-                                            top_p=top_p)
-            prologue = prologue.to(labels.device)
+                prologue = self.draw_tokens(
+                    labels, prefix, slice(v, self.eos), [cfg_prologue] * k, noise,
+                    temperature=temperature_prologue or temperature, **sampling)
             # EOS is never drawn: it goes in together with the prologue, all K+1 at once.
             eos = prologue.new_full((len(labels), 1), self.eos)
             prefix = torch.cat([prologue + v, eos], 1)  # (B, K+1)
         if visual is None:
             visual = prefix[:, :0]  # (B, 0)
-        visual = visual.to(labels.device)
         kept = visual.shape[1]
         prefix = torch.cat([prefix, visual], 1)  # (B, K+1+m), or (B, m) without a prologue
-        progress = visual_progress(k, n)
-        scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress[kept:]]
-        rest = self.draw_tokens(labels, prefix, rows=slice(0, v), scales=scales,
-                                noise=noise[:, k + kept :], temperature=temperature, top_k=top_k,
-                                top_p=top_p)
+        # Progress: EOS is at 0, or without a prologue the first visual token
+        progress = [(i + 1) / (n + 1) if k > 0 else i / n for i in range(kept, n)]
+        scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress]
+        rest = self.draw_tokens(labels, prefix, slice(0, v), scales, noise[:, k + kept :],
+                                temperature=temperature, **sampling)
         codes = torch.cat([visual, rest], 1)  # (B, N)
-        if k > 0:
-            codes = torch.cat([prologue, codes], 1)  # (B, K+N)
-        return codes
+        return torch.cat([prologue, codes], 1) if k > 0 else codes
 
     def save(self, path):
         save_checkpoint(path, "ar", self.state_dict(), asdict(self.cfg))
 
     @classmethod
     def load(cls, path):
-        """A frozen AR model in eval mode from a file that `save` wrote. Raises InputError."""
-        return read_checkpoint(path, "ar", lambda cfg: cls(ARConfig(**cfg)))
+        """A frozen AR model in eval mode from a file that `save` wrote."""
+        return load_model(path, "ar", lambda cfg: cls(ARConfig(**cfg)))
+
+
+def padded_linear(x, weight):
+    """x (..., D), weight (V, D) -> x @ weight.T (..., V). An odd vocabulary (17,409) would leave
+    the rows of the product unaligned, for which GPUs have slow kernels only."""
+    padded = F.pad(weight, (0, 0, 0, -len(weight) % 64))
+    return F.linear(x, padded)[..., : len(weight)]
 
 
 # Sampling
@@ -280,8 +276,7 @@ class KVCache:
 
     def attend(self, q, k, v, start):
         """q, k, v (B, T, heads, d) of T positions that follow `start` earlier ones -> (B, T, heads,
-        d), attention to all positions so far. In a compiled step `start` is a tensor (1,) and T is
-        1: then no shape changes from step to step, and a mask hides what is still to come."""
+        d), attention to all positions so far; see AR.step."""
         if self.k is None:
             batch, _, heads, d = k.shape
             # In memory (B, heads, L, d), so that a head reads its keys in one go.
@@ -290,7 +285,7 @@ class KVCache:
             if self.fixed:
                 torch._dynamo.mark_static_address(self.k)
                 torch._dynamo.mark_static_address(self.v)
-        if torch.is_tensor(start):
+        if torch.is_tensor(start):  # a mask hides what is still to come
             self.k[:, start] = k
             self.v[:, start] = v
             mask = torch.arange(self.length, device=q.device) <= start  # (L,)
@@ -322,14 +317,6 @@ def guidance(scale, schedule, power, t):
     return 1 + (scale - 1) * ramp
 
 
-def visual_progress(k, n):
-    """Progress t of each of n visual tokens, for `guidance`. Behind a prologue (k > 0) EOS is at 0,
-    without one the first visual token."""
-    if k > 0:
-        return [(i + 1) / (n + 1) for i in range(n)]
-    return [i / n for i in range(n)]
-
-
 def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draws a code for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) int64.
 
@@ -351,18 +338,19 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     # The factor keeps the threshold below the sum, where rounding could make it reach a code of
     # probability 0.
     threshold = u[:, None] * cdf[:, -1:] * (1 - 1e-6)
-    return torch.searchsorted(cdf, threshold, right=True)[:, 0]
+    codes = torch.searchsorted(cdf, threshold, right=True)[:, 0]
+    return codes.clamp(max=logits.shape[-1] - 1)  # beyond the end only where logits are NaN
 
 
 def check_pair(tokenizer, ar, names=("the tokenizer", "the AR model")):
-    """Raises InputError unless `ar` was trained on codes of this tokenizer, as far as sizes and
-    fingerprint tell."""
+    """Ends the run unless `ar` has the sizes of this tokenizer's codes and, as far as it knows, was
+    trained on them."""
     for key in ("num_prologue", "num_visual", "codebook_size", "prologue_codebook_size"):
         a = getattr(tokenizer.cfg, key)
         b = getattr(ar.cfg, key)
         if a != b:
-            raise InputError(f"{names[0]} and {names[1]} do not belong together: {key} is {a} in "
+            raise SystemExit(f"{names[0]} and {names[1]} do not belong together: {key} is {a} in "
                              f"the one and {b} in the other")
-    if ar.cfg.tokenizer and ar.cfg.tokenizer != tokenizer.fingerprint():
-        raise InputError(f"{names[1]} was trained on codes of another tokenizer than {names[0]}: "
+    if ar.cfg.tokenizer not in ("", tokenizer.fingerprint()):
+        raise SystemExit(f"{names[1]} was trained on codes of another tokenizer than {names[0]}: "
                          "run pretokenize.py and train_ar.py again, or give that tokenizer")

@@ -3,30 +3,27 @@
     python sample.py                                        # the pair in out/, else the shipped one
     python sample.py --classes bag sneaker --cfg_visual 3    # chosen classes, by name or number
     python sample.py --image shoe.png --classes sneaker      # variations of a picture of one's own
+    python sample.py --pair checkpoints/fashion_mnist        # a pair in another folder than --out
     python tools/released.py prologue-l-xl --out l_xl && python sample.py --out l_xl
     torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --out l_xl
 
 Class and noise of an image depend on its number and the seed alone, so ranks and batch size change
-nothing but the rounding, and a run that was stopped goes on where it was. In --out it leaves
+nothing but the rounding. In --out it leaves
 
     samples.png            a row for each of ten classes
     fixed_prologue.png     each row one prologue, its visual tokens drawn anew; the last row has
                            prologues of its own (for models with a prologue)
     reconstructions.png    of --data, or of the bundled images (for 28 x 28 tokenizers)
     samples.npz            arr_0 uint8 (N, H, W, 3), arr_1 labels; samples.json says how drawn
-    sheet.png              with --sheet N: N x N images
 
 and with --image variations.png alone.
 """
 
 import argparse
 import functools
-import hashlib
 import json
-import os
 import platform
-import shutil
-from datetime import timedelta
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -35,40 +32,39 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ar import AR, SCHEDULES, check_pair
-from pretokenize import (BUNDLED, PART_SIZE, Images, center_crop, join_parts, open_image,
-                         part_file, parts_folder, save_grid)
-from tokenizer import (HelpFormatter, InputError, Tokenizer, attention_backend, real, to_float,
-                       to_uint8, whole, writing)
+from pretokenize import (BUNDLED, Images, center_crop, open_image, save_grid, to_float, to_uint8)
+from tokenizer import Tokenizer, compile_blocks, setup, writing
 
-# Paper table A5: guidance of both token groups and the power of its cosine; and for sampling
-# without guidance the temperatures of prologue and visual tokens (with it they are 1). The first
-# two rows are ours.
+SHIPPED = Path(__file__).parent / "checkpoints" / "fashion_mnist"
+
+# Paper table A5: with guidance cfg_prologue, cfg_visual and cfg_power, at temperature 1; without it
+# the temperatures of prologue and visual tokens. The first two rows are ours.
 PRESETS = {
-    "tiny": dict(cfg_prologue=1.0, cfg_visual=2.0, cfg_power=0.25, no_cfg=(1.0, 1.0)),
-    "unguided": dict(cfg_prologue=1.0, cfg_visual=1.0, cfg_power=1.0, no_cfg=(1.0, 1.0)),
-    "1d": dict(cfg_prologue=1.0, cfg_visual=19.0, cfg_power=1.75, no_cfg=(1.0, 0.85)),
-    "2d": dict(cfg_prologue=1.0, cfg_visual=10.0, cfg_power=1.5, no_cfg=(1.0, 0.85)),
-    "2d-l-b": dict(cfg_prologue=1.0, cfg_visual=5.0, cfg_power=1.75, no_cfg=(1.0, 0.9)),
-    "prologue-b-b": dict(cfg_prologue=0.7, cfg_visual=3.75, cfg_power=0.2, no_cfg=(0.7, 0.9)),
-    "prologue-post": dict(cfg_prologue=0.6, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.8)),
-    "prologue-onestage": dict(cfg_prologue=0.8, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.8)),
-    "prologue-b-l": dict(cfg_prologue=0.8, cfg_visual=3.0, cfg_power=0.225, no_cfg=(0.7, 0.9)),
-    "prologue-b-xl": dict(cfg_prologue=0.8, cfg_visual=2.75, cfg_power=0.25, no_cfg=(0.8, 0.9)),
-    "prologue-l-b": dict(cfg_prologue=0.65, cfg_visual=2.75, cfg_power=0.25, no_cfg=(0.8, 0.95)),
-    "prologue-l-l": dict(cfg_prologue=0.7, cfg_visual=2.5, cfg_power=0.25, no_cfg=(0.95, 0.9)),
-    "prologue-l-xl": dict(cfg_prologue=0.7, cfg_visual=2.25, cfg_power=0.225, no_cfg=(1.0, 0.9)),
-    "l-b-vgg": dict(cfg_prologue=0.7, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.85)),
-    "l-b-16k": dict(cfg_prologue=0.65, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.95)),
-    "p256": dict(cfg_prologue=0.7, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.9)),
-    "p4096": dict(cfg_prologue=0.8, cfg_visual=3.5, cfg_power=0.25, no_cfg=(0.8, 0.9)),
-    "k4": dict(cfg_prologue=0.6, cfg_visual=2.5, cfg_power=0.25, no_cfg=(0.8, 0.9)),
-    "k64": dict(cfg_prologue=0.8, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 1.0)),
-    "tau001": dict(cfg_prologue=0.65, cfg_visual=2.5, cfg_power=0.25, no_cfg=(0.8, 0.9)),
-    "tau1": dict(cfg_prologue=0.8, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.85)),
-    "drop0": dict(cfg_prologue=0.65, cfg_visual=3.5, cfg_power=0.25, no_cfg=(0.8, 0.85)),
-    "drop1": dict(cfg_prologue=0.75, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.9)),
-    "ce1": dict(cfg_prologue=0.65, cfg_visual=3.75, cfg_power=0.25, no_cfg=(0.8, 0.85)),
-    "ce6": dict(cfg_prologue=0.75, cfg_visual=3.25, cfg_power=0.25, no_cfg=(0.8, 0.9)),
+    "tiny": (1.0, 2.0, 0.25, 1.0, 1.0),
+    "unguided": (1.0, 1.0, 1.0, 1.0, 1.0),
+    "1d": (1.0, 19.0, 1.75, 1.0, 0.85),
+    "2d": (1.0, 10.0, 1.5, 1.0, 0.85),
+    "2d-l-b": (1.0, 5.0, 1.75, 1.0, 0.9),
+    "prologue-b-b": (0.7, 3.75, 0.2, 0.7, 0.9),
+    "prologue-post": (0.6, 3.75, 0.25, 0.8, 0.8),
+    "prologue-onestage": (0.8, 3.75, 0.25, 0.8, 0.8),
+    "prologue-b-l": (0.8, 3.0, 0.225, 0.7, 0.9),
+    "prologue-b-xl": (0.8, 2.75, 0.25, 0.8, 0.9),
+    "prologue-l-b": (0.65, 2.75, 0.25, 0.8, 0.95),
+    "prologue-l-l": (0.7, 2.5, 0.25, 0.95, 0.9),
+    "prologue-l-xl": (0.7, 2.25, 0.225, 1.0, 0.9),
+    "l-b-vgg": (0.7, 3.75, 0.25, 0.8, 0.85),
+    "l-b-16k": (0.65, 3.25, 0.25, 0.8, 0.95),
+    "p256": (0.7, 3.25, 0.25, 0.8, 0.9),
+    "p4096": (0.8, 3.5, 0.25, 0.8, 0.9),
+    "k4": (0.6, 2.5, 0.25, 0.8, 0.9),
+    "k64": (0.8, 3.75, 0.25, 0.8, 1.0),
+    "tau001": (0.65, 2.5, 0.25, 0.8, 0.9),
+    "tau1": (0.8, 3.75, 0.25, 0.8, 0.85),
+    "drop0": (0.65, 3.5, 0.25, 0.8, 0.85),
+    "drop1": (0.75, 3.25, 0.25, 0.8, 0.9),
+    "ce1": (0.65, 3.75, 0.25, 0.8, 0.85),
+    "ce6": (0.75, 3.25, 0.25, 0.8, 0.9),
 }
 
 
@@ -80,36 +76,22 @@ def default_preset(ar):
 
 
 def preset_settings(name, no_cfg=False):
-    """A row of PRESETS as keyword arguments of AR.generate. Raises InputError."""
-    if name not in PRESETS:
-        raise InputError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
-    row = dict(PRESETS[name])
-    temperature_prologue, temperature = row.pop("no_cfg")
-    if not no_cfg:
-        return row | dict(temperature_prologue=1.0, temperature=1.0)
-    row["cfg_prologue"] = 1.0
-    row["cfg_visual"] = 1.0
-    return row | dict(temperature_prologue=temperature_prologue, temperature=temperature)
+    """A row of PRESETS as keyword arguments of AR.generate."""
+    cfg_prologue, cfg_visual, cfg_power, temperature_prologue, temperature = PRESETS[name]
+    if no_cfg:
+        cfg_prologue = cfg_visual = 1.0
+    else:
+        temperature_prologue = temperature = 1.0
+    return dict(cfg_prologue=cfg_prologue, cfg_visual=cfg_visual, cfg_power=cfg_power,
+                temperature_prologue=temperature_prologue, temperature=temperature)
 
 
-def load_pair(args, device):
-    """Tokenizer, AR model and their paths: --tokenizer and --ar, else those in --out; if neither
-    flag is given and neither file is there, the pair that comes with the code. Raises InputError.
-    """
-    folder = Path(args.out)
-    names = ("tokenizer.safetensors", "ar.safetensors")
-    given = args.tokenizer or args.ar
-    if not given and not any((folder / name).exists() for name in names):
-        folder = Path(__file__).parent / "checkpoints" / "fashion_mnist"
-    tokenizer_path = Path(args.tokenizer or folder / names[0])
-    ar_path = Path(args.ar or folder / names[1])
+def load_pair(tokenizer_path, ar_path, device):
+    """Tokenizer and AR model, which must belong together."""
     tokenizer = Tokenizer.load(tokenizer_path).to(device)
     ar = AR.load(ar_path).to(device)
     check_pair(tokenizer, ar, names=(tokenizer_path, ar_path))
-    if ar.cfg.num_classes == 0:
-        raise InputError(f"{ar_path} is the joint AR model of stage 1, which knows no classes; an "
-                         "ar.safetensors is needed")
-    return tokenizer, ar, (tokenizer_path, ar_path)
+    return tokenizer, ar
 
 
 def noise_of(seed, numbers, length):
@@ -129,13 +111,9 @@ def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None, visual=
         wanted = len(batch)
         if ar.compiled_step:  # for one batch size: a short batch is padded with its last image
             batch = torch.cat([batch, batch[-1:].expand(batch_size - wanted)])
-        given = {}
-        if prologue is not None:
-            given["prologue"] = prologue[batch]
-        if visual is not None:
-            given["visual"] = visual[batch]
-        noise = noise_of(seed, numbers[batch], length)
-        drawn = ar.generate(labels[batch].to(device), noise=noise, **given, **settings)
+        drawn = ar.generate(labels[batch].to(device), noise=noise_of(seed, numbers[batch], length),
+                            prologue=None if prologue is None else prologue[batch],
+                            visual=None if visual is None else visual[batch], **settings)
         codes.append(drawn[:wanted])
     return torch.cat(codes)
 
@@ -143,14 +121,6 @@ def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None, visual=
 def decode(tokenizer, codes, batch_size):
     """Codes (n, K+N) -> images uint8 (n, H, W, 3)."""
     return torch.cat([to_uint8(tokenizer.decode(batch)) for batch in codes.split(batch_size)])
-
-
-def cast_linears(ar, dtype):
-    """Casts an AR model that only samples, once and not in every step; norms, embeddings and head
-    stay in fp32. Sampling then goes under autocast."""
-    for module in ar.transformer.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(dtype)
 
 
 def pack_for_cpu(ar):
@@ -170,29 +140,22 @@ def packed_linear(x, weight, bias):
 
 def class_numbers(chosen, ar):
     """Class names or numbers, as given on the command line, -> numbers; up to ten spread over all
-    classes if none are given. Raises InputError."""
+    classes if none are given."""
     count = ar.cfg.num_classes
-    names = ar.cfg.classes
     if not chosen:
-        rows = min(10, count)
-        return [i * count // rows for i in range(rows)]
-    numbers = []
-    for text in chosen:
-        if text in names:
-            numbers.append(names.index(text))
-        elif text.isdecimal() and int(text) < count:
-            numbers.append(int(text))
-        else:
-            known = f" or one of {', '.join(names[:20])}" if names else ""
-            raise InputError(f"--classes {text}: a number from 0 to {count - 1} is needed{known}")
+        return [i * count // min(10, count) for i in range(min(10, count))]
+    known = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(ar.cfg.classes)}
+    numbers = [known.get(unicodedata.normalize("NFC", text)) for text in chosen]
+    if None in numbers:
+        raise SystemExit(f"--classes {chosen[numbers.index(None)]}: a number from 0 to {count - 1} "
+                         f"is needed, or a name: {', '.join(ar.cfg.classes[:20]) or 'none known'}")
     return numbers
 
 
 def save_grids(tokenizer, ar, args, settings, batch_size):
-    """samples.png, and where it applies fixed_prologue.png, sheet.png, reconstructions.png."""
+    """samples.png, and where it applies fixed_prologue.png and reconstructions.png."""
     out = Path(args.out)
     k = ar.cfg.num_prologue
-    size = tokenizer.cfg.image_size
     columns = args.columns
     classes = class_numbers(args.classes, ar)
     labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
@@ -204,7 +167,7 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
     names = [f"{i} {ar.cfg.classes[i]}" if ar.cfg.classes else str(i) for i in classes]
     print(f"{out / 'samples.png'}: a row each of {', '.join(names)}")
 
-    # The first prologue of each class kept through a row, other noise behind it; then a row of
+    # The first prologue of each class kept through a row, other noise after it; then a row of
     # other prologues of the last class
     if k > 0:
         prologues = codes[::columns, :k].repeat_interleave(columns, 0)  # (rows * columns, K)
@@ -215,65 +178,45 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
         save_grid(out / "fixed_prologue.png", images.split(columns))
         print(f"{out / 'fixed_prologue.png'}: each row one prologue, then a row of others")
 
-    # A square sheet of images of the chosen classes in turn, or of all in random order
-    if args.sheet > 0:
-        count = args.sheet**2
-        generator = torch.Generator().manual_seed(args.seed)
-        order = torch.randperm(ar.cfg.num_classes, generator=generator)
-        if args.classes:
-            order = torch.tensor(classes)
-        labels = order[torch.arange(count) % len(order)]
-        codes = draw(ar, labels, range(3000, 3000 + count), **drawing)
-        save_grid(out / "sheet.png", decode(tokenizer, codes, batch_size).split(args.sheet))
-        print(f"{out / 'sheet.png'}: {args.sheet} x {args.sheet} images")
-
     # Images of --data above their reconstructions
-    data = args.data
-    if data is None and size == 28:
-        data = BUNDLED / "val"
+    data = args.data or (BUNDLED / "val" if tokenizer.cfg.image_size == 28 else None)
     if data is not None:
         images = Images(data)
         indices = [i * len(images) // (4 * columns) for i in range(4 * columns)]
-        crops = np.stack([center_crop(images.open(i), size) for i in indices])
-        x = to_float(torch.from_numpy(crops).permute(0, 3, 1, 2)).to(ar.head.weight.device)
-        y = decode(tokenizer, tokenizer.encode(x), batch_size)
-        rows = []
-        for originals, decoded in zip(to_uint8(x).split(columns), y.split(columns)):
-            rows += [originals, decoded]
-        save_grid(out / "reconstructions.png", rows)
+        crops = [center_crop(images.open(i), tokenizer.cfg.image_size) for i in indices]
+        x = torch.from_numpy(np.stack(crops))  # (4 * columns, H, W, 3)
+        codes = tokenizer.encode(to_float(x.permute(0, 3, 1, 2)).to(ar.head.weight.device))
+        y = decode(tokenizer, codes, batch_size)
+        pairs = zip(x.split(columns), y.split(columns))
+        save_grid(out / "reconstructions.png", [row for pair in pairs for row in pair])
         print(f"{out / 'reconstructions.png'}: originals above their reconstructions", flush=True)
 
 
 def save_variations(tokenizer, ar, args, settings, batch_size):
     """variations.png: a row for each picture of --image, with itself, its reconstruction and images
-    drawn under its prologue and behind the upper part of it that --keep says; then a row of images
+    drawn under its prologue and after the upper part of it that --keep says; then a row of images
     of the same class with prologues of their own."""
     k = ar.cfg.num_prologue
     grid = tokenizer.cfg.grid
     columns = args.columns
     kept = min(round(args.keep * grid), grid - 1) * grid  # visual codes, those of whole rows
-    if kept > 0 and tokenizer.cfg.layout == "1d":
-        raise InputError("--keep needs visual tokens that are patches, layout 1d has none")
-    if k == 0 and kept == 0:
-        raise InputError("--image needs a model with a prologue, or --keep at least a row")
-    label = ar.cfg.num_classes  # unconditional
-    if ar.cfg.num_classes == 1:
-        label = 0  # all images, see default_preset
+    if kept > 0 and tokenizer.cfg.layout == "1d" or k + kept == 0:
+        raise SystemExit("--image needs a model with a prologue, or --keep at least a row of "
+                         "visual tokens that are patches (not 1d)")
+    label = 0 if ar.cfg.num_classes == 1 else ar.cfg.num_classes  # of all images: unconditional
     if args.classes:
         label = class_numbers(args.classes, ar)[0]
-    labels = torch.full((columns,), label)
+    labels = torch.full((columns + 2,), label)
     drawing = dict(seed=args.seed, batch_size=batch_size, settings=settings)
     rows = []
     for i, file in enumerate(args.image):
-        picture = center_crop(open_image(file, Path(file).read_bytes), tokenizer.cfg.image_size)
-        x = to_float(torch.tensor(picture).permute(2, 0, 1)[None]).to(ar.head.weight.device)
-        codes = tokenizer.encode(x).expand(columns, -1)  # (columns, K+N)
-        prologue = codes[:, :k] if k > 0 else None
-        varied = draw(ar, labels, range(i * columns, (i + 1) * columns), prologue=prologue,
-                      visual=codes[:, k : k + kept], **drawing)
+        picture = torch.tensor(center_crop(open_image(file, file), tokenizer.cfg.image_size))[None]
+        codes = tokenizer.encode(to_float(picture.permute(0, 3, 1, 2)).to(ar.head.weight.device))
+        codes = codes.expand(columns, -1)  # (columns, K+N)
+        varied = draw(ar, labels[:columns], range(i * columns, (i + 1) * columns), **drawing,
+                      prologue=codes[:, :k] if k > 0 else None, visual=codes[:, k : k + kept])
         images = decode(tokenizer, torch.cat([codes[:1], varied]), batch_size)
-        rows.append(torch.cat([to_uint8(x), images]))
-    labels = torch.full((columns + 2,), label)  # as many as the other rows have
+        rows.append(torch.cat([picture, images]))
     others = draw(ar, labels, range(1000, 1000 + len(labels)), **drawing)
     rows.append(decode(tokenizer, others, batch_size))
     path = Path(args.out) / "variations.png"
@@ -282,130 +225,80 @@ def save_variations(tokenizer, ar, args, settings, batch_size):
           "last row images each with its own prologue")
 
 
-def fingerprint(ar):
-    """A short hash of the AR model's weights."""
-    sha = hashlib.sha256()
-    for tensor in ar.state_dict().values():
-        sha.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return sha.hexdigest()[:16]
-
-
-def count_copies(batches):
-    """How many of the images in batches uint8 (n, H, W, 3) are exact copies of an earlier one."""
-    hashes = [hashlib.sha256(image.tobytes()).digest() for batch in batches for image in batch]
-    return len(hashes) - len(set(hashes))
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description="Draw images.",
-                                     formatter_class=HelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--tokenizer", help="tokenizer file; by default that in --out")
-    flag("--ar", help="AR file; by default that in --out; without any of these, the shipped pair")
-    flag("--out", default="out", help="folder for everything that is written and looked for")
+    flag("--pair", help="folder of tokenizer.safetensors and ar.safetensors; else --out, or the "
+         f"shipped pair {SHIPPED.relative_to(SHIPPED.parent.parent)}")
+    flag("--tokenizer", help="tokenizer file, instead of the pair's")
+    flag("--ar", help="AR file, instead of the pair's")
+    flag("--out", help="folder for everything that is written; out")
 
     # What to draw
-    flag("--num", "--num_samples", type=whole(0), default=1000,
-         help="images in samples.npz, 0 for only the grids; torchrun takes --num for its own, so "
-         "under it write --num_samples")
-    flag("--classes", nargs="+", metavar="CLASS",
-         help="names or numbers of the grids' rows; by default ten of all")
-    flag("--columns", type=whole(1), default=10, help="images per row of a grid")
-    flag("--sheet", type=whole(0), default=0, metavar="N",
-         help="also draw a sheet of N x N images of --classes, or of random ones; 0 is none")
-    flag("--image", nargs="+", metavar="FILE",
-         help="only draw variations of these pictures under their prologues, as images of the "
-         "first of --classes, or else of no class")
-    flag("--keep", type=real(0, 0.99), default=0.0, metavar="SHARE",
-         help="share of the picture's rows, from the top, that --image keeps as well")
-    flag("--data", help="images of the reconstruction grid; by default the bundled ones for a "
-         "28 x 28 tokenizer, else none")
-    flag("--seed", type=whole(0), default=0, help="of the noise")
+    flag("--num_samples", type=int, default=1000, help="images in samples.npz; 0: only the grids")
+    flag("--classes", nargs="+", help="names or numbers of the grids' rows; else ten of all")
+    flag("--columns", type=int, default=10, help="images per row of a grid")
+    flag("--image", nargs="+", metavar="FILE", help="only draw variations of these pictures under "
+         "their prologues, as images of the first of --classes, or else of no class")
+    flag("--keep", type=float, default=0.0, help="share of its rows that --image keeps as well")
+    flag("--data", help="images for reconstructions.png; else bundled ones, if 28 x 28")
+    flag("--seed", type=int, default=0, help="of the noise")
 
     # How to draw; by default as the preset says
-    flag("--preset", choices=PRESETS,
-         help="row of the paper's table A5, tiny or unguided; by default that of the AR file or "
-         "tiny, for a model of one class unguided")
+    flag("--preset", choices=PRESETS, help="row of table A5; else that of the AR file or tiny")
     flag("--no_cfg", action="store_true", help="the preset's settings without guidance")
-    flag("--cfg_visual", type=real(-1000, 1000),
-         help="guidance of the visual tokens: 1 is off, s * cond + (1 - s) * uncond")
-    flag("--cfg_prologue", type=real(-1000, 1000),
-         help="guidance of the prologue tokens; below 1 it pulls towards unconditional")
-    flag("--cfg_schedule", default="cosine", choices=SCHEDULES,
-         help="how the visual guidance grows from 1 along the sequence")
-    flag("--cfg_power", type=real(0), help="of the progress; below 1 it grows early")
-    flag("--temperature", type=real(1e-3), help="of the visual tokens")
-    flag("--temperature_prologue", type=real(1e-3), help="of the prologue tokens")
-    flag("--top_k", type=whole(0), default=0, help="draw among the k likeliest codes; 0 is off")
-    flag("--top_p", type=real(1e-3, 1), default=1.0,
-         help="draw among the likeliest codes that hold this share; 1 is off")
+    flag("--cfg_visual", type=float, help="guidance: 1 is off, s * cond + (1 - s) * uncond")
+    flag("--cfg_prologue", type=float, help="below 1 it pulls towards unconditional")
+    flag("--cfg_schedule", default="cosine", choices=SCHEDULES, help="of the visual guidance")
+    flag("--cfg_power", type=float, help="of the progress; below 1 it grows early")
+    flag("--temperature", type=float, help="of the visual tokens")
+    flag("--temperature_prologue", type=float, help="of the prologue tokens")
+    flag("--top_k", type=int, default=0, help="draw among the k likeliest codes; 0 is off")
+    flag("--top_p", type=float, default=1.0, help="draw among those that hold this share")
 
     # Machine
-    flag("--batch_size", type=whole(1), default=100, help="images at a time, over all ranks")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-         help="auto is what torch finds")
-    flag("--dtype", default="fp32", choices=["fp32", "bf16"],
-         help="of the networks, fp32 on CUDA with TF32 products; bf16 keeps head and "
-         "guidance in fp32")
+    flag("--batch_size", type=int, default=100, help="images at a time, over all ranks")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
+    flag("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the networks")
     flag("--compile", action="store_true", help="torch.compile decoder and single-token step")
-    args = parser.parse_args()
-    if args.keep > 0 and not args.image:
-        parser.error("--keep goes with --image")
-    return args
+    return parser.parse_args()
 
 
 @torch.no_grad()
 def main():
     args = parse_args()
+    folder = Path(args.pair or args.out or "out")
+    if not (args.pair or args.out or (folder / "ar.safetensors").exists()):
+        folder = SHIPPED
+    args.out = args.out or "out"
     out = Path(args.out)
-
-    # Device and ranks: torchrun sets these variables, without it one process does everything
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    available = "cpu"
-    if torch.accelerator.is_available():
-        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
-    if args.device not in ("auto", "cpu", available):
-        raise InputError(f"--device {args.device}: torch finds only {available} here")
-    device = torch.device(available if args.device == "auto" else args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
-    if args.compile and device.type == "cpu" and not shutil.which("g++"):
-        raise InputError("--compile needs the compiler g++ on a CPU, and there is none here")
-    if world_size > 1:
-        # Ranks may wait for hours for the one with the most parts left to draw.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
-    if rank == 0:
-        backend = attention_backend(device, dtype)
-        print(f"{world_size} x {device.type}, {args.dtype}, attention by {backend}", flush=True)
+    rank, world_size, device, autocast = setup(args.device, args.dtype, timeout_hours=12)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a new plan for every token
 
     # Models
-    tokenizer, ar, paths = load_pair(args, device)
-    if args.dtype == "bf16":
-        cast_linears(ar, dtype)
+    tokenizer_path = args.tokenizer or folder / "tokenizer.safetensors"
+    ar_path = args.ar or folder / "ar.safetensors"
+    tokenizer, ar = load_pair(tokenizer_path, ar_path, device)
+    if args.dtype == "bf16":  # cast once and not in every step; norms, embeddings and head stay
+        for module in ar.transformer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(torch.bfloat16)
     if args.compile:
-        for block in tokenizer.decoder.transformer.blocks:
-            block.compile(dynamic=False)
+        compile_blocks(tokenizer.decoder)
         ar.compile_step()
     elif device.type == "cpu" and args.dtype == "fp32":
         pack_for_cpu(ar)
-    batch_size = min(PART_SIZE, max(1, args.batch_size // world_size))
+    batch_size = max(1, args.batch_size // world_size)
 
     # Settings: those of the preset, where no flag says otherwise
     preset = args.preset or default_preset(ar)
     settings = preset_settings(preset, args.no_cfg)
-    for name in settings:
-        if getattr(args, name) is not None:
-            settings[name] = getattr(args, name)
+    given = {name: getattr(args, name) for name in settings}
+    settings |= {name: value for name, value in given.items() if value is not None}
     settings |= dict(cfg_schedule=args.cfg_schedule, top_k=args.top_k, top_p=args.top_p)
     if rank == 0:
-        print(f"{paths[0]} and {paths[1]}, preset {preset}", flush=True)
+        print(f"{tokenizer_path} and {ar_path}, preset {preset}", flush=True)
 
     # Grids, or variations of given pictures
     with autocast:
@@ -414,40 +307,32 @@ def main():
         elif rank == 0:
             save_grids(tokenizer, ar, args, settings, batch_size)
 
-    # Many images, each class equally often, in parts: each rank writes whole files of its own and
-    # skips what an earlier run has written
-    if args.num > 0 and not args.image:
-        labels = torch.arange(args.num) % ar.cfg.num_classes
-        how = dict(num=args.num, seed=args.seed, dtype=args.dtype, tokenizer=str(paths[0]),
-                   ar=str(paths[1]),
-                   weights="EMA of the tokenizer (raw after --onestage), raw AR model",
-                   preset=preset, **settings)
-        target = out / "samples.npz"
-        folder = parts_folder(target, [how, tokenizer.fingerprint(), fingerprint(ar)])
-        parts = list(torch.arange(args.num).split(PART_SIZE))
-        numbers = range(rank, len(parts), world_size)
-        missing = [i for i in numbers if not part_file(folder, i).exists()]
-        progress = tqdm(total=sum(len(parts[i]) for i in missing), unit="image", disable=rank > 0)
-        for i in missing:
-            images = []
-            for batch in parts[i].split(batch_size):
-                with autocast:
-                    codes = draw(ar, labels[batch], batch, args.seed, batch_size, settings)
-                    images.append(decode(tokenizer, codes, batch_size))
-                progress.update(len(batch))
-            with writing(part_file(folder, i)) as temporary, open(temporary, "wb") as file:
-                np.save(file, torch.cat(images).numpy())
-        progress.close()
+    # Many images, each class equally often; each rank draws a part
+    if args.num_samples > 0 and not args.image:
+        labels = torch.arange(args.num_samples) % ar.cfg.num_classes
+        images = []
+        numbers = torch.arange(args.num_samples).tensor_split(world_size)[rank]
+        for batch in tqdm(numbers.split(batch_size), desc="batches", disable=rank > 0):
+            with autocast:
+                codes = draw(ar, labels[batch], batch, args.seed, batch_size, settings)
+                images.append(decode(tokenizer, codes, batch_size))
+        images = torch.cat(images).numpy()
         if world_size > 1:
+            parts = [out / f".samples{i}.npy" for i in range(world_size)]
+            np.save(parts[rank], images)
             dist.barrier()
-
-        # One file of all parts
+        if world_size > 1 and rank == 0:
+            images = np.concatenate([np.load(part) for part in parts])
+            for part in parts:
+                part.unlink()
         if rank == 0:
-            copies = count_copies(np.load(part_file(folder, i)) for i in range(len(parts)))
-            join_parts(target, "arr_0", folder, len(parts), arr_1=labels.numpy())
+            with writing(out / "samples.npz") as temporary, open(temporary, "wb") as file:
+                np.savez(file, arr_0=images, arr_1=labels.numpy())
+            how = dict(num_samples=args.num_samples, seed=args.seed, dtype=args.dtype,
+                       tokenizer=str(tokenizer_path), ar=str(ar_path), preset=preset, **settings)
             with writing(out / "samples.json") as temporary:
                 temporary.write_text(json.dumps(how, indent=1) + "\n")
-            print(f"{target}: {args.num} images, {copies} of them exact copies of an earlier one")
+            print(f"{out / 'samples.npz'}: {args.num_samples} images")
 
     if world_size > 1:
         dist.barrier()

@@ -5,59 +5,46 @@ become an image again.
     codes = tokenizer.encode(images)  # (B, 3, H, W) in [-1, 1] -> (B, K+N) int64, prologue first
     images = tokenizer.decode(codes)  # (B, K+N) or (B, N) -> (B, 3, H, W)
 
-From top to bottom: attention and the one transformer block that encoder, decoder and AR model
-share, the two quantizers, the Tokenizer with its four layouts, and at the end what every script
-needs: pixels, files, bad input.
+From top to bottom: attention and the one transformer block of encoder, decoder and AR model, the
+two quantizers, the Tokenizer with its four layouts, and at the end what every script needs.
 
 Letters in shapes: B images, N visual tokens, K prologue tokens, T tokens of any kind, D width, d
 width of a head, c width of a code, V visual and P prologue codebook size.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import math
 import os
+import signal
+import sys
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-flash_attn_func = None
-flash_attn_problem = None
 try:
     from flash_attn import flash_attn_func
-except ModuleNotFoundError:
-    pass
-except Exception as error:  # built for another torch, it fails with "undefined symbol"
-    flash_attn_problem = str(error).partition("\n")[0]
+except Exception:  # not installed, or built for another torch ("undefined symbol")
+    flash_attn_func = None
 
 
 # Attention
 
 
 def can_flash(device, dtype):
-    """Whether flash-attn is installed and serves this device and number type: half precision on
-    Ampere or later."""
+    """Whether flash-attn serves this device and number type: half precision on Ampere or later."""
     if flash_attn_func is None or device.type != "cuda" or dtype == torch.float32:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def attention_backend(device, dtype):
-    """What `attention` uses, in words, for the scripts to print."""
-    if can_flash(device, dtype):
-        return "flash-attn"
-    name = "torch's scaled_dot_product_attention"
-    if flash_attn_problem:
-        return f"{name} (flash-attn does not load: {flash_attn_problem})"
-    return name
 
 
 def attention(q, k, v, causal=False, mask=None):
@@ -73,38 +60,31 @@ def attention(q, k, v, causal=False, mask=None):
 
 
 # Rotary position embedding (RoPE). The dimensions of a head are divided among three axes. A patch
-# has the position (row, column, 0), the l-th prologue token (0, 0, l): so both can share one
-# attention, and the order of the prologue is independent of rows and columns.
+# has the position (row, column, 0), the l-th prologue token (0, 0, l): so both share one attention.
 
 
 def rope_axis_dims(head_dim):
-    """Dimensions of the axes row, column, l in a head: 20, 20, 24 of 64."""
+    """Dimensions of the axes row, column, l in a head: 20, 20, 24 of 64, in pairs."""
     side = 2 * (head_dim * 5 // 32)
     return side, side, head_dim - 2 * side
 
 
 def rope_angles(positions, dim, theta):
-    """Positions (T,) on an axis of `dim` dimensions -> angles (T, dim/2), with frequencies
-    theta^(-2i/dim)."""
+    """Positions (T,) on an axis of `dim` dimensions -> angles (T, dim/2): times theta^(-2i/dim)."""
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     return (positions.double()[:, None] * frequencies).float()
 
 
-def rope_of_patches(grid, head_dim):
-    """Angles (grid*grid, d/2) of the patches of an image, row by row; theta is 2000. On the CPU
-    even if a model is built on the meta device, because angles are in no checkpoint."""
+def rope_table(grid, line, head_dim):
+    """Angles (grid*grid + line, d/2) of the patches of an image, row by row, theta 2000, and after
+    them of `line` tokens in a line, theta 10000. On the CPU even where a model is built on the meta
+    device, because angles are in no checkpoint."""
     row_dim, column_dim, l_dim = rope_axis_dims(head_dim)
     places = torch.arange(grid, device="cpu")
     rows = rope_angles(places.repeat_interleave(grid), row_dim, 2000.0)
     columns = rope_angles(places.repeat(grid), column_dim, 2000.0)
-    return torch.cat([rows, columns, torch.zeros(grid * grid, l_dim // 2, device="cpu")], 1)
-
-
-def rope_of_line(length, head_dim):
-    """Angles (length, d/2) of tokens in a line; theta is 10000."""
-    row_dim, column_dim, l_dim = rope_axis_dims(head_dim)
-    line = rope_angles(torch.arange(length, device="cpu"), l_dim, 10000.0)
-    return torch.cat([torch.zeros(length, (row_dim + column_dim) // 2, device="cpu"), line], 1)
+    tokens = rope_angles(torch.arange(line, device="cpu"), l_dim, 10000.0)
+    return torch.block_diag(torch.cat([rows, columns], 1), tokens)
 
 
 def rope(x, cos, sin):
@@ -146,16 +126,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x, cos, sin, causal=False, cache=None, start=0):
-        """x (B, T, D) -> (B, T, D). With a cache (ar.KVCache) the T tokens follow `start` earlier
-        ones."""
+        """x (B, T, D) -> (B, T, D); with a cache (ar.KVCache) they follow `start` earlier ones."""
         qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))  # (B, T, 3, heads, d)
         q, k, v = qkv.unbind(2)  # each (B, T, heads, d)
         q = rope(self.q_norm(q), cos, sin).to(v.dtype)
         k = rope(self.k_norm(k), cos, sin).to(v.dtype)
-        if cache is None:
-            y = attention(q, k, v, causal)
-        else:
-            y = cache.attend(q, k, v, start)
+        y = cache.attend(q, k, v, start) if cache else attention(q, k, v, causal)
         return self.out(y.flatten(2))
 
 
@@ -200,29 +176,24 @@ class Transformer(nn.Module):
 
     def __init__(self, layers, dim, head_dim, hidden_ratio, bias, dropout=0.0):
         super().__init__()
-        if dim % head_dim:
-            raise InputError(f"a width of {dim} is not a multiple of the head width {head_dim}")
         hidden = round(hidden_ratio * dim)
         self.gradient_checkpointing = False  # set by the trainers
-        blocks = [Block(dim, head_dim, hidden, bias, dropout) for _ in range(layers)]
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(dim, head_dim, hidden, bias, dropout)
+                                    for _ in range(layers))
         self.apply(init_weights)
         for block in self.blocks:  # so that the residual stream does not grow with depth (GPT-2)
             init_weights(block.attn.out, std=0.02 / math.sqrt(2 * layers))
             init_weights(block.mlp.fc2, std=0.02 / math.sqrt(2 * layers))
 
     def forward(self, x, angles, causal=False, caches=None, start=0):
-        """x (B, T, D), angles (T, d/2) of its positions -> (B, T, D); caches: one for each block,
-        see Attention."""
+        """x (B, T, D), angles (T, d/2) of its positions -> (B, T, D); caches: one for a block."""
         cos = angles.cos()
         sin = angles.sin()
         for i, block in enumerate(self.blocks):
-            if caches is not None:
-                x = block(x, cos, sin, causal, caches[i], start)
-            elif self.gradient_checkpointing and self.training:
+            if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, causal, use_reentrant=False)
             else:
-                x = block(x, cos, sin, causal)
+                x = block(x, cos, sin, causal, caches[i] if caches else None, start)
         return x
 
 
@@ -230,8 +201,7 @@ class Transformer(nn.Module):
 
 
 def unit_norm(x):
-    """x / |x| along the last axis. The epsilon stands inside the root, so that x = 0 has a finite
-    gradient."""
+    """x / |x| along the last axis; the epsilon inside the root gives x = 0 a finite gradient."""
     return x * (x.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
 
@@ -241,18 +211,15 @@ def exact_fp32(device_type):
     of the tokens."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with torch.autocast(device_type, enabled=False):
+        yield
+    torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()
 def nearest_code(z, codebook, chunk=1024):
-    """Index of the code with the largest cosine: unit vectors z (..., c), codebook (V, c) -> (...)
-    int64. In chunks, because the similarities of a whole batch to 16,384 codes would take
-    gigabytes."""
+    """Index of the code with the largest cosine: unit vectors z (..., c), codebook (V, c) -> (...).
+    In chunks, because the similarities of a whole batch to 16,384 codes would take gigabytes."""
     codes = unit_norm(codebook.float())  # (V, c)
     nearest = [(part @ codes.T).argmax(-1) for part in z.flatten(0, -2).split(chunk)]
     return torch.cat(nearest).view(z.shape[:-1])
@@ -276,8 +243,7 @@ class VisualQuantizer(nn.Module):
 
     def forward(self, h):
         """h (B, N, D) -> straight-through codes (B, N, c), indices (B, N), loss. Paper section 2;
-        the 0.25 is the official code's, the paper (appendix E) gives a weight of 1, which may be
-        that of the whole loss."""
+        the 0.25 is the official code's, where the paper (appendix E) says 1."""
         with exact_fp32(h.device.type):
             z = self.project(h)  # (B, N, c)
             codes = nearest_code(z, self.codebook)  # (B, N)
@@ -293,18 +259,17 @@ def prob_ste(z, codebook, tau):
     """Unit vectors z (..., c), codebook (P, c) -> one-hot (..., P) with the gradient of softmax(cos
     / tau), indices.
 
-    Section 2.2: p + sg(onehot - p), where sg stops the gradient. Written as onehot + (p - sg(p)),
-    the forward is exactly one-hot.
+    Section 2.2: p + sg(onehot - p), where sg stops the gradient; as onehot + (p - sg(p)) the
+    forward is exactly one-hot.
     """
     p = (z @ unit_norm(codebook).T / tau).softmax(-1)  # (..., P)
     codes = p.detach().argmax(-1)
-    onehot = F.one_hot(codes, len(codebook)).to(p.dtype)
+    onehot = torch.zeros_like(p).scatter_(-1, codes[..., None], 1.0)
     return onehot + (p - p.detach()), codes
 
 
 class PrologueQuantizer(nn.Module):
-    """Prob-STE. No commitment and no codebook loss: all that it learns comes from the AR model's
-    cross-entropy."""
+    """Prob-STE, without any loss of its own: all it learns comes from the AR's cross-entropy."""
 
     def __init__(self, dim, codebook_size, code_dim, tau):
         super().__init__()
@@ -324,9 +289,8 @@ class PrologueQuantizer(nn.Module):
 
 LAYOUTS = ("prologue", "2d", "1d", "post")
 
-# (layers, width) of the encoder, the decoder and the post layout's prologue encoder, and what else
-# differs from the defaults of TokenizerConfig. B and L are those of paper table A4, S is ours, for
-# a single GPU.
+# (layers, width) of the networks, and what else differs from the defaults of TokenizerConfig. B and
+# L are those of paper table A4, S is ours, for a single GPU.
 SIZES = {
     "tiny": dict(encoder=(3, 96), decoder=(3, 96), post=(3, 96), head_dim=32, image_size=28,
                  patch_size=4, codebook_size=256, code_dim=8, num_prologue=8,
@@ -354,34 +318,26 @@ class TokenizerConfig:
     tau: float = 0.1  # temperature of Prob-STE
 
     def __post_init__(self):
-        if self.layout not in LAYOUTS:
-            raise InputError(f"layout {self.layout!r} should be one of {', '.join(LAYOUTS)}")
         if self.image_size % self.patch_size:
-            raise InputError(f"an image size of {self.image_size} is not a multiple of the patch "
+            raise SystemExit(f"an image size of {self.image_size} is not a multiple of the patch "
                              f"size {self.patch_size}")
         if self.layout in ("1d", "2d"):
             self.num_prologue = 0
             self.prologue_codebook_size = 0
-        self.encoder = tuple(self.encoder)  # JSON turns tuples into lists
-        self.decoder = tuple(self.decoder)
-        self.post = tuple(self.post)
 
     @property
-    def grid(self):
-        """Patches along a side."""
+    def grid(self):  # patches along a side
         return self.image_size // self.patch_size
 
     @property
-    def num_visual(self):
-        """N"""
+    def num_visual(self):  # N
         return self.grid**2
 
 
 class Encoder(nn.Module):
-    """A transformer over the input vectors and, behind them, learned vectors that read them (the
-    queries)."""
+    """A transformer over the patches and, after them, learned vectors that read them (queries)."""
 
-    def __init__(self, in_dim, size, num_queries, angles, head_dim, hidden_ratio):
+    def __init__(self, cfg, in_dim, size, num_queries, hidden_ratio=8 / 3):
         super().__init__()
         layers, dim = size
         self.input = nn.Linear(in_dim, dim)
@@ -389,7 +345,8 @@ class Encoder(nn.Module):
         self.queries = None
         if num_queries > 0:
             self.queries = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
-        self.transformer = Transformer(layers, dim, head_dim, hidden_ratio, bias=True)
+        self.transformer = Transformer(layers, dim, cfg.head_dim, hidden_ratio, bias=True)
+        angles = rope_table(cfg.grid, num_queries, cfg.head_dim)  # (N + num_queries, d/2)
         self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, x):
@@ -400,34 +357,26 @@ class Encoder(nn.Module):
         return self.transformer(x, self.angles)
 
 
-class Decoder(nn.Module):
-    """Visual code vectors -> patches. In the layout 1d the codes are a line, and learned queries on
-    the grid read them."""
+class Decoder(Encoder):
+    """Visual code vectors -> patches. In the layout 1d it is the other way round: the codes are a
+    line, and the queries that read them lie on the grid."""
 
     def __init__(self, cfg):
-        super().__init__()
-        layers, dim = cfg.decoder
-        angles = rope_of_patches(cfg.grid, cfg.head_dim)
-        self.queries = None
-        if cfg.layout == "1d":
-            angles = torch.cat([rope_of_line(cfg.num_visual, cfg.head_dim), angles])
-            self.queries = nn.Parameter(torch.randn(cfg.num_visual, dim) * 0.02)
-        self.input = nn.Linear(cfg.code_dim, dim)
-        self.transformer = Transformer(layers, dim, cfg.head_dim, hidden_ratio=8 / 3, bias=True)
+        n = cfg.num_visual
+        num_queries = n if cfg.layout == "1d" else 0
+        super().__init__(cfg, cfg.code_dim, cfg.decoder, num_queries)
+        if num_queries > 0:
+            self.angles = self.angles.roll(n, 0)
+        _, dim = cfg.decoder
         self.norm = RMSNorm(dim)
         self.out = nn.Linear(dim, 3 * cfg.patch_size**2)
-        init_weights(self.input)
         init_weights(self.out)
-        self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, q):
         """q (B, N, c) -> (B, N, patch*patch*3)"""
-        n = q.shape[1]
-        x = self.input(q).float()
-        if self.queries is not None:
-            x = torch.cat([x, self.queries.expand(len(x), -1, -1)], 1)  # (B, 2N, D)
-        x = self.transformer(x, self.angles)
-        return self.out(self.norm(x[:, -n:]))
+        x = super().forward(q)[:, -q.shape[1] :]  # (B, N, D): in 1d the queries, the last N of 2N
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would cost a quarter of a level
+            return self.out(self.norm(x))
 
 
 class Tokenizer(nn.Module):
@@ -443,36 +392,24 @@ class Tokenizer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        num_queries = 0
-        if cfg.layout == "prologue":
-            num_queries = cfg.num_prologue
-        elif cfg.layout == "1d":
-            num_queries = cfg.num_visual
-        dim = cfg.encoder[1]
-        patches = rope_of_patches(cfg.grid, cfg.head_dim)
-        angles = torch.cat([patches, rope_of_line(num_queries, cfg.head_dim)])
-        self.encoder = Encoder(3 * cfg.patch_size**2, cfg.encoder, num_queries, angles,
-                               cfg.head_dim, hidden_ratio=8 / 3)
+        k = cfg.num_prologue
+        num_queries = {"prologue": k, "1d": cfg.num_visual, "2d": 0, "post": 0}[cfg.layout]
+        self.encoder = Encoder(cfg, 3 * cfg.patch_size**2, cfg.encoder, num_queries)
+        _, dim = cfg.encoder
         self.visual_quantizer = VisualQuantizer(dim, cfg.codebook_size, cfg.code_dim)
         self.decoder = Decoder(cfg)
         if cfg.layout == "post":
-            angles = torch.cat([patches, rope_of_line(cfg.num_prologue, cfg.head_dim)])
-            self.post_encoder = Encoder(dim, cfg.post, cfg.num_prologue, angles, cfg.head_dim,
-                                        hidden_ratio=11 / 4)
-            dim = cfg.post[1]
-        if cfg.num_prologue > 0:
+            self.post_encoder = Encoder(cfg, dim, cfg.post, k, hidden_ratio=11 / 4)
+            _, dim = cfg.post
+        if k > 0:
             self.prologue_quantizer = PrologueQuantizer(dim, cfg.prologue_codebook_size,
                                                         cfg.code_dim, cfg.tau)
 
     def hidden(self, images):
         """images (B, 3, H, W) -> h_visual (B, N, D), h_prologue (B, K, D) or None. Paper equation
         1."""
-        size = self.cfg.image_size
         p = self.cfg.patch_size
         n = self.cfg.num_visual
-        if images.shape[1:] != (3, size, size):
-            shape = tuple(images.shape[1:])
-            raise ValueError(f"images {shape} given to a tokenizer of (3, {size}, {size})")
         x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, 3, rows, p, columns, p)
         x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, 3)
         h = self.encoder(x.flatten(3).flatten(1, 2))  # (B, N, p*p*3) -> (B, N + num_queries, D)
@@ -493,13 +430,11 @@ class Tokenizer(nn.Module):
         x = x.permute(0, 5, 1, 3, 2, 4)  # (B, 3, rows, p, columns, p)
         return x.flatten(4, 5).flatten(2, 3)
 
-    def forward(self, images, direct_ce=False):
-        """The training pass: images (B, 3, H, W) -> reconstruction (B, 3, H, W), codes (B, K+N),
-        one-hot, VQ loss.
+    def quantize(self, images, direct_ce=False):
+        """images (B, 3, H, W) -> visual code vectors (B, N, c), codes (B, K+N), one-hot, VQ loss.
 
         The one-hot carries CE's gradient: it is that of the prologue (B, K, P), or with direct_ce
-        that of the visual codes (B, N, V), or None. The layout post has a frozen decoder and gives
-        no reconstruction.
+        that of the visual codes (B, N, V), or None.
         """
         h_visual, h_prologue = self.hidden(images)
         q, codes, vq_loss = self.visual_quantizer(h_visual)
@@ -511,35 +446,29 @@ class Tokenizer(nn.Module):
             with exact_fp32(images.device.type):
                 z = self.visual_quantizer.project(h_visual)
                 onehot, _ = prob_ste(z, self.visual_quantizer.codebook, self.cfg.tau)
-        reconstruction = None
-        if self.cfg.layout != "post":
-            reconstruction = self.pixels(q)
+        return q, codes, onehot, vq_loss
+
+    def forward(self, images, direct_ce=False):
+        """The training pass: images -> reconstruction (B, 3, H, W), codes, one-hot, VQ loss. The
+        layout post has a frozen decoder and gives no reconstruction."""
+        q, codes, onehot, vq_loss = self.quantize(images, direct_ce)
+        reconstruction = self.pixels(q) if self.cfg.layout != "post" else None
         return reconstruction, codes, onehot, vq_loss
 
     @torch.no_grad()
     def encode(self, images):
         """images (B, 3, H, W) in [-1, 1] -> codes (B, K+N) int64, prologue first, each counted from
         0."""
-        h_visual, h_prologue = self.hidden(images)
-        _, codes, _ = self.visual_quantizer(h_visual)
-        if h_prologue is not None:
-            _, prologue_codes = self.prologue_quantizer(h_prologue)
-            codes = torch.cat([prologue_codes, codes], 1)
-        return codes
+        return self.quantize(images)[1]
 
     @torch.no_grad()
     def decode(self, codes):
-        """codes (B, K+N) or (B, N) -> images (B, 3, H, W), about [-1, 1]; the prologue is not
-        looked at."""
-        n = self.cfg.num_visual
-        k = self.cfg.num_prologue
-        if codes.shape[1] not in (n, k + n):
-            raise ValueError(f"{codes.shape[1]} codes per image given to a tokenizer of {k}+{n}")
-        return self.pixels(self.visual_quantizer.lookup(codes[:, -n:]))
+        """codes (B, K+N) or (B, N), of which the prologue is not read -> images (B, 3, H, W)."""
+        visual = codes[:, -self.cfg.num_visual :]  # (B, N)
+        return self.pixels(self.visual_quantizer.lookup(visual))
 
     def fingerprint(self):
-        """A short hash of the weights: token files and AR checkpoints carry it to say which
-        tokenizer they belong to."""
+        """A short hash of the weights, by which tokens and AR models know their tokenizer."""
         sha = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             sha.update(name.encode())
@@ -551,23 +480,8 @@ class Tokenizer(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """A frozen tokenizer in eval mode from a file that `save` wrote. Raises InputError."""
-        return read_checkpoint(path, "tokenizer", lambda cfg: cls(TokenizerConfig(**cfg)))
-
-
-# Pixels
-
-
-def to_float(images):
-    """uint8 0..255 -> float in [-1, 1]"""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images):
-    """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU. The 128 is 127.5 + 0.5 for
-    rounding, because the cast truncates; to_uint8(to_float(x)) is x."""
-    levels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-    return levels.permute(0, 2, 3, 1).cpu()
+        """A frozen tokenizer in eval mode from a file that `save` wrote."""
+        return load_model(path, "tokenizer", lambda cfg: cls(TokenizerConfig(**cfg)))
 
 
 # Files
@@ -575,125 +489,102 @@ def to_uint8(images):
 
 @contextlib.contextmanager
 def writing(path):
-    """Yields a path beside `path` to write to, which becomes `path` only when the block ends
-    without an error: whoever reads sees the old file or the new one, whole. Raises InputError where
-    nothing can be written."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Yields a path to write to, which becomes `path` when the block ends without an error: there
+    is the old file or the new one, whole. Two runs into one folder do not share its name."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError,
-            safetensors.SafetensorError) as error:  # of Python, torch.save and safetensors
-        if temporary.exists():
-            temporary.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be written: {reason}") from None
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise SystemExit(f"{path} cannot be written (is the disk full?): {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_finite(what, tensors):
+    """Ends the run if one of {name: tensor} is not finite: nothing that is broken is ever saved."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise SystemExit(f"{what}: {name} is not finite")
 
 
 def save_checkpoint(path, kind, tensors, cfg):
-    """Weights and config in one safetensors file. Raises InputError for weights that are not
-    finite: the file that stands there is then the last good one, and stays."""
+    """Tensors, and the dict `cfg` as JSON in the metadata, in one safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path} is not written: the weights {name} are not finite")
-    # One entry, because safetensors orders several at random, and equal weights should give equal
-    # files.
+    check_finite(path, {name: t for name, t in tensors.items() if t.is_floating_point()})
+    # One entry: safetensors orders several at random, and equal weights should give equal files.
     metadata = {"config": json.dumps({"kind": kind} | cfg)}
     with writing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
         os.chmod(temporary, 0o644)  # safetensors creates files only their owner can read
 
 
-def open_safetensors(path):
-    """A safetensors file as {name: memory-mapped tensor}, and its metadata. Raises InputError."""
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist, or is no file")
+def read_safetensors(path, kind):
+    """{name: memory-mapped tensor} and cfg of a file that `save_checkpoint` wrote for `kind`."""
+    maker = {"codes": "pretokenize.py", "ar": "train_ar.py"}.get(kind, "train_stage1.py")
     try:
         with safetensors.safe_open(path, "pt") as file:
+            cfg = json.loads((file.metadata() or {}).get("config", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return tensors, file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SystemExit(f"{path}, which {maker} makes, cannot be read: {error}") from None
+    if cfg.pop("kind", None) != kind:
+        raise SystemExit(f"{path} does not hold {kind!r} weights of these scripts (released ones "
+                         "are imported by tools/released.py)")
+    return tensors, cfg
 
 
-def read_checkpoint(path, kind, build):
-    """The model in a file that `save_checkpoint` wrote for `kind`; build(config dict) makes it.
-    Raises InputError."""
-    tensors, metadata = open_safetensors(path)
-    try:
-        cfg = json.loads(metadata["config"])
-        found = cfg.pop("kind")
-    except (KeyError, ValueError, TypeError, AttributeError):
-        raise InputError(f"{path} is no checkpoint of these scripts: its metadata holds no config "
-                         "(released weights are imported by tools/released.py)") from None
-    if found != kind:
-        raise InputError(f"{path} holds {found!r} weights where {kind!r} weights are needed")
-    try:
-        with torch.device("meta"):  # nothing is allocated or initialized twice
-            model = build(cfg)
-        model.load_state_dict(tensors, assign=True)
-        for name, buffer in model.named_buffers():
-            if buffer.is_meta:  # has to be made with device="cpu", as the angles of RoPE are
-                raise ValueError(f"the buffer {name} is in no checkpoint")
-    except (InputError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: config or weights do not fit this code: {reason}") from None
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path} is of no use: its weights {name} are not finite")
-    return model.eval().requires_grad_(False)
+def load_model(path, kind, build):
+    """The frozen model, in eval mode, of a checkpoint; build(cfg) makes it. Weights in half
+    precision become fp32."""
+    tensors, cfg = read_safetensors(path, kind)
+    check_finite(path, tensors)
+    with torch.device("meta"):  # nothing is allocated or initialized twice
+        model = build(cfg)
+    model.load_state_dict(tensors, assign=True)
+    return model.float().eval().requires_grad_(False)
 
 
-# Bad input, and flags
+# Device and ranks
 
 
-class InputError(SystemExit):
-    """What the user gave cannot be used; the message is one sentence that names it and says what
-    would be right. Nobody has to catch it: Python prints the sentence and exits with code 1."""
+def setup(device="auto", dtype="fp32", timeout_hours=1):
+    """-> rank, world_size, device, autocast of this process. Without torchrun, which starts the
+    ranks, one process does everything; the dtype "auto" is bf16 on GPUs that have it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # class names in any script, on any terminal
+    rank = 0
+    world_size = 1
+    if dist.is_torchelastic_launched():
+        rank = int(os.environ["RANK"])
+        world_size = int(os.environ["WORLD_SIZE"])
+    if device == "auto":
+        device = "cpu"
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if world_size > 1 else 0)
+    device = torch.device(device)
+    if world_size > 1:
+        # Losses and gradients travel by nccl between GPUs, what is on the CPU by gloo.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=timeout_hours))
+    if dtype == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bf16" if has_bf16 else "fp32"
+    number = torch.bfloat16 if dtype == "bf16" else torch.float32
+    if rank == 0:
+        kind = "flash-attn" if can_flash(device, number) else "torch's scaled_dot_product_attention"
+        print(f"{world_size} x {device.type}, {dtype}, attention by {kind}", file=sys.stderr)
+    return rank, world_size, device, torch.autocast(device.type, number, enabled=dtype == "bf16")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that names the default of a flag, but for switches and where the text explains it."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
-
-
-def whole(minimum):
-    """An argparse type: whole numbers of at least `minimum`."""
-
-    def parse(text):
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            message = f"{text!r} is not a whole number of at least {minimum}"
-            raise argparse.ArgumentTypeError(message)
-        return value
-
-    return parse
-
-
-def real(minimum, maximum=math.inf):
-    """An argparse type: finite numbers from `minimum` to `maximum`."""
-
-    def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and minimum <= value <= maximum):
-            end = "" if maximum == math.inf else f" to {maximum:g}"
-            message = f"{text!r} is not a finite number from {minimum:g}{end}"
-            raise argparse.ArgumentTypeError(message)
-        return value
-
-    return parse
+def compile_blocks(model):
+    """torch.compile block by block, so that equal blocks are compiled once."""
+    torch._dynamo.config.optimize_ddp = False  # it would split every block of over 1 MiB
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile(dynamic=False)

@@ -4,7 +4,7 @@
     python train_stage1.py --layout 2d --out out_2d     # the baseline without a prologue
     python train_stage1.py --layout post --init out_2d/tokenizer.safetensors --out out_post
     python train_stage1.py --onestage --ar_size tiny --out out_onestage     # no stage 2 after this
-    torchrun --nproc_per_node 8 train_stage1.py --size B ...          # see recipes/prologue_b.sh
+    torchrun --nproc_per_node 8 train_stage1.py --size B ...          # see recipes/stage1.sh
 
 One step, for images x (paper equation 2):
 
@@ -31,19 +31,16 @@ with --direct_ce ce goes into the visual projection and codebook, times lambda.
 In --out it leaves tokenizer.safetensors (the EMA), joint_ar.safetensors, train_stage1.jsonl (the
 log), train_stage1.png (held-out images above their reconstructions) and train_stage1.pt (the state
 for --resume). With --onestage the AR model is the final one, ar.safetensors, and the tokenizer the
-raw one that it grew up with.
+raw one that it was trained with.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
-import inspect
 import json
-import math
 import os
 import random
-import shutil
-import signal
 import time
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -56,12 +53,22 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ar import AR, ARConfig, check_pair
+from ar import AR, ARConfig
 from ar import SIZES as AR_SIZES
-from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, no_crop,
-                         random_crop, save_grid)
-from tokenizer import (LAYOUTS, SIZES, HelpFormatter, InputError, Tokenizer, TokenizerConfig,
-                       Transformer, attention_backend, real, to_float, to_uint8, whole, writing)
+from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, no_crop, psnr,
+                         random_crop, save_grid, to_float, to_uint8, visited_images)
+from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer, check_finite,
+                       compile_blocks, setup, writing)
+
+CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
+EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
+LECAM_WEIGHT = 0.001
+R1_WEIGHT = 0.01
+R1_EVERY = 25  # steps
+
+# Flags of the tokenizer that default to those of --size or --init
+MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_prologue",
+               "prologue_codebook_size", "tau")
 
 # Models and losses
 
@@ -137,123 +144,88 @@ def lecam_penalty(logits_real, logits_fake, averages):
     return real_excess + fake_excess
 
 
-class LPIPS(nn.Module):
-    """LPIPS on VGG16 with the linear weights of the package lpips: images and target (B, 3, H, W)
-    in [-1, 1] -> scalar. The root is guarded: black images have features that are zero everywhere,
-    for which the package's own formula gives NaN gradients."""
-
-    def __init__(self):
-        super().__init__()
-        import lpips
-        import torchvision
-
-        self.vgg = pretrained(torchvision.models.vgg16).features[:30]
-        linear = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
-        weights = torch.load(linear, weights_only=True, map_location="cpu")
-        self.linear = nn.ParameterList(weights.values())  # five of (1, channels, 1, 1)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
-
-    def features(self, images):
-        """The features behind five of VGG's layers, of unit norm along the channels."""
-        x = (images - self.shift) / self.scale
-        features = []
-        for i, layer in enumerate(self.vgg):
-            x = layer(x)
-            if i in (3, 8, 15, 22, 29):  # relu1_2, 2_2, 3_3, 4_3, 5_3
-                norm = (x.square().sum(1, keepdim=True) + 1e-8).sqrt()
-                features.append(x / norm)
-        return features
-
-    def forward(self, images, target):
-        with torch.no_grad():
-            target_features = self.features(target)
-        loss = 0.0
-        for weight, a, b in zip(self.linear, self.features(images), target_features):
-            loss = loss + (weight * (a - b).square()).sum(1).mean()
-        return loss
-
-
-class ConvNextLoss(nn.Module):
-    """Mean squared difference of the 1,000 logits that ConvNeXt-S gives both images at 224 x 224:
-    images and target (B, 3, H, W) in [-1, 1] -> scalar."""
-
-    def __init__(self):
-        super().__init__()
-        import torchvision
-
-        self.net = pretrained(torchvision.models.convnext_small)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
-
-    def logits(self, images):
-        x = F.interpolate(images / 2 + 0.5, (224, 224), mode="bilinear", antialias=True)
-        return self.net((x - self.mean) / self.std)
-
-    def forward(self, images, target):
-        with torch.no_grad():
-            target_logits = self.logits(target)
-        return F.mse_loss(self.logits(images), target_logits)
+def unit_features(x, eps=1e-8):
+    """x (B, C, H, W) / |x| along C. The package lpips has its epsilon outside the root: where all
+    features are zero, as in black images, its gradient is NaN."""
+    return x * (x.square().sum(1, keepdim=True) + eps).rsqrt()
 
 
 class Perceptual(nn.Module):
-    """The perceptual loss by name: none, vgg, convnext, or both = vgg + 0.1 * convnext."""
+    """The perceptual loss by name: none; vgg, which is LPIPS on VGG16; convnext, the mean squared
+    difference of the 1,000 logits of ConvNeXt-S; both, which is vgg + 0.1 convnext."""
 
     def __init__(self, name):
         super().__init__()
-        self.vgg = LPIPS() if name in ("vgg", "both") else None
-        self.convnext = ConvNextLoss() if name in ("convnext", "both") else None
-        self.convnext_weight = 0.1 if name == "both" else 1.0
+        self.vgg_weight = 1.0 if name in ("vgg", "both") else 0.0
+        self.convnext_weight = {"convnext": 1.0, "both": 0.1}.get(name, 0.0)
+        try:
+            if self.vgg_weight > 0:
+                import lpips
+
+                lpips.normalize_tensor = unit_features
+                self.vgg = lpips.LPIPS(net="vgg", verbose=False)
+            if self.convnext_weight > 0:
+                import torchvision
+
+                self.convnext = torchvision.models.convnext_small(weights="IMAGENET1K_V1")
+        except (OSError, RuntimeError) as error:  # no network, or a file cut off
+            raise SystemExit(f"--perceptual {name}: {error}; put torchvision's file into "
+                             f"{torch.hub.get_dir()}/checkpoints") from None
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.eval().requires_grad_(False)
 
+    def logits(self, images):
+        x = F.interpolate(images / 2 + 0.5, (224, 224), mode="bilinear", antialias=True)
+        return self.convnext((x - self.mean) / self.std)
+
     def forward(self, images, target):
+        """images, target (B, 3, H, W) in [-1, 1] -> scalar"""
         loss = images.new_zeros(())
-        if self.vgg is not None:
-            loss = loss + self.vgg(images, target)
-        if self.convnext is not None:
-            loss = loss + self.convnext_weight * self.convnext(images, target)
+        if self.vgg_weight > 0:
+            loss = loss + self.vgg_weight * self.vgg(images, target).mean()
+        if self.convnext_weight > 0:
+            difference = F.mse_loss(self.logits(images), self.logits(target))
+            loss = loss + self.convnext_weight * difference
         return loss
 
 
-def pretrained(build):
-    """A torchvision network with ImageNet weights, which torch keeps in its hub folder."""
-    import torchvision
-
-    weights = torchvision.models.get_model_weights(build).IMAGENET1K_V1
-    try:
-        return build(weights=weights)
-    except Exception as error:  # of urllib, of a full disk, of a file cut off
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise InputError(f"{weights.url} cannot be loaded ({error}); put the file into {folder}, "
-                         "or train with --perceptual none") from None
+def discriminator_loss(discriminator, x, y, with_r1, share):
+    """Loss of the discriminator on images x against reconstructions y, and its terms for the log.
+    share: of this micro-batch in the step, by which it moves LeCam's averages (decay 0.999)."""
+    logits_real, logits_fake, r1 = discriminator(x, y, with_r1)
+    logits_real = logits_real.float()
+    logits_fake = logits_fake.float()
+    means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means = means / dist.get_world_size()
+    discriminator.averages.lerp_(means, 0.001 * share)
+    lecam = lecam_penalty(logits_real, logits_fake, discriminator.averages)
+    vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+    loss = vanilla + LECAM_WEIGHT * lecam + R1_WEIGHT / 2 * r1
+    return loss, dict(discriminator=loss, lecam=lecam, r1=r1, logits_real=means[0],
+                      logits_fake=means[1])
 
 
 def build_tokenizer(args):
     """A new tokenizer, or one that starts from the weights of --init. The layout post adds a
-    prologue to a 2d one; encoder, visual quantizer and decoder are then frozen. Raises InputError
-    where --init does not fit the other flags."""
+    prologue to a 2d one; encoder, visual quantizer and decoder are then frozen."""
     flags = {name: getattr(args, name) for name in MODEL_FLAGS}
     changed = {name: value for name, value in flags.items() if value is not None}
     cfg = TokenizerConfig(**SIZES[args.size], layout=args.layout)
     if args.init is None:
         return Tokenizer(replace(cfg, **changed))
-
     old = Tokenizer.load(args.init)
-    may_change = {"tau"}
-    if args.layout == "post" and old.cfg.layout == "2d":
-        may_change = {"tau", "num_prologue", "prologue_codebook_size"}
+    if (old.cfg.layout, args.layout) == ("2d", "post"):
         cfg = replace(old.cfg, layout="post", post=cfg.post, tau=cfg.tau,
                       num_prologue=cfg.num_prologue,
                       prologue_codebook_size=cfg.prologue_codebook_size)
     elif args.layout == old.cfg.layout:
         cfg = old.cfg
     else:
-        raise InputError(f"--init {args.init} has layout {old.cfg.layout}: give --layout "
+        raise SystemExit(f"--init {args.init} has the layout {old.cfg.layout}: give --layout "
                          f"{old.cfg.layout} to train it on (only a 2d one can change, to post)")
-    for name, value in changed.items():
-        if name not in may_change and value != getattr(cfg, name):
-            raise InputError(f"--{name} {value}: --init {args.init} has {getattr(cfg, name)}, "
-                             "which stays")
     tokenizer = Tokenizer(replace(cfg, **changed))
     for name, module in old.named_children():
         getattr(tokenizer, name).load_state_dict(module.state_dict())
@@ -261,33 +233,6 @@ def build_tokenizer(args):
         for module in (tokenizer.encoder, tokenizer.visual_quantizer, tokenizer.decoder):
             module.requires_grad_(False)
     return tokenizer
-
-
-def build_models(args, classes):
-    """Tokenizer and joint AR model, equal on all ranks; the latter None if no CE is used."""
-    torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer(args)
-    if tokenizer.cfg.num_prologue == 0 and not args.direct_ce:
-        return tokenizer, None
-    if not args.onestage:
-        classes = []  # the joint AR model is unconditional
-    size = AR_SIZES[args.ar_size]
-    if args.init_ar is not None:
-        old = AR.load(args.init_ar)
-        check_pair(tokenizer, old, names=("the tokenizer", args.init_ar))
-        if old.cfg.num_classes != len(classes):
-            raise InputError(f"--init_ar {args.init_ar} knows {old.cfg.num_classes} classes, this "
-                             f"run has {len(classes)} (none without --onestage)")
-        if old.cfg.classes not in ([], classes):
-            raise InputError(f"--init_ar {args.init_ar} was trained on the classes "
-                             f"{old.cfg.classes[:3]}..., {args.data} has {classes[:3]}...")
-        size = dict(layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim)
-    ar_cfg = ARConfig.for_tokenizer(tokenizer.cfg, num_classes=len(classes), classes=classes,
-                                    **size)
-    ar = AR(ar_cfg)
-    if args.init_ar is not None:
-        ar.load_state_dict(old.state_dict())
-    return tokenizer, ar
 
 
 # Optimization
@@ -319,325 +264,160 @@ def update_ema(ema, model, half_life):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), weight)
 
 
-# Data
+# Data and held-out measures
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(seed, epoch, count):
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def visited_image(seed, visit, count):
-    """Index of the image at a visit. Visits number the images that training reads, from 0, over all
-    epochs and ranks; each epoch is a new random order of all `count` images. An image depends on
-    (seed, visit) only, so a run may be resumed on another number of ranks."""
-    return int(epoch_order(seed, visit // count, count)[visit % count])
+def held_out_view(images, index, size, crop):
+    """The image without anything random: uint8 (3, size, size)."""
+    image = images.open(index)
+    view = no_crop(image, size) if crop == "none" else center_crop(image, size)
+    return view.transpose(2, 0, 1)
 
 
 def training_view(images, visit, size, args):
     """The crop that a visit sees, mirrored half of the time with --flip: uint8 (3, size, size).
     Depends on (seed, visit) only."""
-    index = visited_image(args.seed, visit, len(images))
+    (index,) = visited_images(args.seed, visit, 1, len(images))
     rng = random.Random(f"{args.seed} {visit}")
-    image = images.open(index)
     if args.crop == "random":
-        view = random_crop(image, size, rng)
-    elif args.crop == "center":
-        view = center_crop(image, size)
+        view = random_crop(images.open(index), size, rng).transpose(2, 0, 1)
     else:
-        view = no_crop(image, size, images.names[index])
+        view = held_out_view(images, index, size, args.crop)
     if args.flip and rng.random() < 0.5:
-        view = view[:, ::-1]
-    return np.ascontiguousarray(view.transpose(2, 0, 1))
-
-
-def held_out_view(images, index, size, args):
-    """The image without anything random: uint8 (3, size, size)."""
-    image = images.open(index)
-    if args.crop == "none":
-        view = no_crop(image, size, images.names[index])
-    else:
-        view = center_crop(image, size)
-    return view.transpose(2, 0, 1)
-
-
-# Held-out measures
+        view = view[:, :, ::-1]
+    return np.ascontiguousarray(view)
 
 
 @torch.no_grad()
-def evaluate(tokenizer, ar, images, args, device, autocast, rank, world_size):
-    """Measures of --eval_images held-out images, of which each rank takes a share: a dict with
-    PSNR in dB, L1, and for both codebooks how many codes are used and their perplexity; with an AR
-    model also nats per image and top-1 accuracy of each token group."""
+def evaluate(tokenizer, ar, images, args, device, autocast):
+    """Measures of --eval_images held-out images: a dict with PSNR in dB, L1, and for both codebooks
+    how many codes are used and their perplexity; with an AR model also nats per image and top-1
+    accuracy of each token group."""
     cfg = tokenizer.cfg
     count = min(args.eval_images, len(images))
-    indices = [i * len(images) // count for i in range(rank, count, world_size)]  # of all classes
-    batches = [indices[i : i + 64] for i in range(0, len(indices), 64)]
-    load = functools.partial(held_out_view, images, size=cfg.image_size, args=args)
+    indices = torch.arange(count) * len(images) // count  # spread over all classes
+    batches = [batch.tolist() for batch in indices.split(64)]
+    load = functools.partial(held_out_view, images, size=cfg.image_size, crop=args.crop)
     sums = defaultdict(float)
-    for batch, batch_indices in zip(load_batches(load, batches, args.num_workers), batches):
+    uses = defaultdict(int)  # of each code
+    for chosen, batch in zip(batches, load_batches(load, batches, args.num_workers)):
         x = to_float(batch.to(device))  # (B, 3, H, W)
+        labels = images.labels[chosen] if args.onestage else torch.zeros(len(x)).long()
         with autocast:
             codes = tokenizer.encode(x)  # (B, K+N)
             y = tokenizer.decode(codes)
-        levels_x = to_uint8(x).float()
-        levels_y = to_uint8(y).float()
-        mse = (levels_x - levels_y).square().mean((1, 2, 3))  # (B,)
-        sums["psnr"] += (10 * (255**2 / mse.clamp_min(1e-10)).log10()).sum().item()
-        sums["l1"] += (x - y).abs().mean((1, 2, 3)).sum().item()
-        if ar is not None:
-            labels = images.labels[batch_indices] if args.onestage else torch.zeros(len(x)).long()
-            with autocast:
-                measures = ar.measure(codes, labels.to(device))
-            for name, values in measures.items():
-                sums[name] += values.sum().item()
-        prologue, visual = codes.cpu().split([cfg.num_prologue, cfg.num_visual], 1)
-        sums["visual"] += torch.bincount(visual.flatten(), minlength=cfg.codebook_size)
+            measures = ar.measure(codes, labels.to(device)) if ar is not None else {}
+        measures["psnr"] = psnr(to_uint8(x), to_uint8(y))
+        measures["l1"] = (x - y).abs().mean((1, 2, 3))
+        for name, values in measures.items():
+            sums[f"val_{name}"] += values.sum().item()
+        prologue, visual = codes.split([cfg.num_prologue, cfg.num_visual], 1)
+        uses["visual"] += torch.bincount(visual.flatten(), minlength=cfg.codebook_size)
         if cfg.num_prologue > 0:
             size = cfg.prologue_codebook_size
-            sums["prologue"] += torch.bincount(prologue.flatten(), minlength=size)
-
-    if world_size > 1:
-        of_each_rank = [None] * world_size
-        dist.all_gather_object(of_each_rank, sums)
-        sums = defaultdict(float)
-        for part in of_each_rank:
-            for name, value in part.items():
-                sums[name] += value
-
-    result = {}
-    for name, value in sums.items():
-        if name in ("prologue", "visual"):  # how often each code occurs
-            share = value.double() / value.sum()
-            result[f"val_usage_{name}"] = int((value > 0).sum())
-            result[f"val_perplexity_{name}"] = torch.special.entr(share).sum().exp().item()
-        else:
-            result[f"val_{name}"] = value / count
+            uses["prologue"] += torch.bincount(prologue.flatten(), minlength=size)
+    result = {name: value / count for name, value in sums.items()}
+    for group, use in uses.items():
+        entropy = torch.special.entr(use / use.sum()).sum()
+        result[f"val_usage_{group}"] = int((use > 0).sum())
+        result[f"val_perplexity_{group}"] = entropy.exp().item()
     return result
 
 
 @torch.no_grad()
 def save_pictures(path, tokenizer, images, args, device, autocast):
     """16 held-out images, each row above the row of its reconstructions."""
-    indices = [i * len(images) // 16 for i in range(16)]
-    views = [held_out_view(images, i, tokenizer.cfg.image_size, args) for i in indices]
+    views = [held_out_view(images, i * len(images) // 16, tokenizer.cfg.image_size, args.crop)
+             for i in range(16)]
     x = to_float(torch.from_numpy(np.stack(views)).to(device))
     with autocast:
-        y = tokenizer.decode(tokenizer.encode(x))
+        y = to_uint8(tokenizer.decode(tokenizer.encode(x)))
     x = to_uint8(x)
-    y = to_uint8(y)
     save_grid(path, [x[:8], y[:8], x[8:], y[8:]])
 
 
-# State and log
-
-
-def save_state(path, step, fixed, args, modules, optimizers):
-    """Writes all that `load_state` needs. Raises InputError, and leaves the state that is there,
-    if weights are not finite."""
-    for name, module in modules.items():
-        if not all(p.isfinite().all() for p in module.parameters()):
-            raise InputError(f"step {step}: the weights of {name} are not finite, nothing is saved")
-    state = {"step": step, "fixed": fixed, "args": args}
-    for name, part in (modules | optimizers).items():
-        state[name] = part.state_dict()
-    with writing(path) as temporary:
-        torch.save(state, temporary)
-
-
-def load_state(path, fixed, args, parts, rank, world_size):
-    """Loads the state at `path` into parts {name: module or optimizer} and returns its step, or 0
-    if there is none. Raises InputError if it belongs to another run: `fixed` must be equal, other
-    flags may have changed and are named."""
-    found = torch.tensor([float(path.exists())])
-    if world_size > 1:
-        dist.all_reduce(found)
-    if found == 0:
-        if rank == 0:
-            print(f"--resume: there is no {path}, so this run begins at step 1")
-        return 0
-    if found < world_size:
-        raise InputError(f"not all ranks see {path}: --out must be on a disk that they share")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        for name, value in fixed.items():
-            if state["fixed"].get(name) != value:
-                raise InputError(f"--resume: {path} was made with {name} "
-                                 f"{state['fixed'].get(name)}, this run has {value}")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        step = state["step"]
-        args_before = state["args"]
-    except Exception as error:  # of pickle, zipfile or torch; InputError is none, and passes
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path} cannot be loaded: {reason}; without --resume the run "
-                         "begins anew") from None
-    if rank == 0:
-        print(f"going on from step {step}")
-        for name, value in args.items():
-            if name in args_before and args_before[name] != value and name != "resume":
-                print(f"note: --{name} was {args_before[name]} and is now {value}")
-    return step
-
-
-def start_log(path, step):
-    """Truncates an earlier log to its complete lines up to `step`, the step to go on from."""
-    kept = []
-    if step > 0 and path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # cut off by a kill
-    with writing(path) as temporary:
-        temporary.write_text("".join(kept))
-
-
-def start_wandb(args, job):
-    """A run at Weights & Biases. A run that is resumed is a new one of the same name there."""
-    try:
-        import wandb
-    except ImportError:
-        raise InputError("--wandb needs the package wandb: pip install wandb") from None
-    return wandb.init(project=args.wandb, name=f"{args.out} {job}", config=vars(args))
-
-
-def write_log(path, entry, wandb_run):
-    """Adds a line to the log, and to the run at Weights & Biases if there is one."""
+def report(entry, log, wandb_run):
+    """A line of the log: in the file, at Weights & Biases, and for people."""
+    print(json.dumps(entry), file=log, flush=True)
     if wandb_run is not None:
         wandb_run.log(entry, step=entry["step"])
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def as_text(entry):
-    """{"step": 50, "l1": 0.12345} -> "step 50  l1 0.1235" """
-    words = []
-    for name, value in entry.items():
-        words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
-    return "  ".join(words)
+    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
+    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
+        print("  ".join(words), flush=True)
 
 
 # The script
-
-CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
-
-# Entries of the log that are also printed
-SHOWN = ("step", "l1", "vq", "perceptual", "gan", "ce", "discriminator", "images_per_s")
-
-# Flags of the tokenizer that default to those of --size or --init
-MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_prologue",
-               "prologue_codebook_size", "tau")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(
         description="Train a tokenizer. Defaults are the tiny demo's, recipes/ has the paper's.",
-        formatter_class=HelpFormatter)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
 
     # Data
-    flag("--data", default=str(BUNDLED / "train"),
-         help="training images: a folder, zip, or path into a zip, with a folder for each class")
-    flag("--val_data",
-         help="held-out images; by default the folder val beside a --data named train, else --data")
-    flag("--crop", default="center", choices=["none", "center", "random"],
-         help="random is ADM's; none wants images that have the size")
+    flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
+    flag("--val_data", help="held-out images; else the folder val beside train, else --data")
+    flag("--crop", default="center", choices=["none", "center", "random"], help="random is ADM's")
     flag("--flip", action="store_true", help="mirror half of the images")
 
     # Tokenizer
-    flag("--size", default="tiny", choices=SIZES,
-         help="of the networks, images, patches and codebooks, see tokenizer.py")
+    flag("--size", default="tiny", choices=SIZES, help="of networks, images and codebooks")
     flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
-    flag("--init", metavar="TOKENIZER",
-         help="tokenizer file to go on from, whose size counts; the layout post adds a prologue to "
-         "a trained 2d one")
-    flag("--image_size", type=whole(1),
-         help="side of the square in pixels; like the next five by default of --size or --init")
-    flag("--patch_size", type=whole(1), help="side in pixels; each patch is a visual token")
-    flag("--codebook_size", type=whole(2), help="visual codes V")
-    flag("--code_dim", type=whole(1), help="dimensions of a code")
-    flag("--num_prologue", type=whole(1), help="prologue tokens K")
-    flag("--prologue_codebook_size", type=whole(2), help="prologue codes P")
-    flag("--tau", type=real(1e-3), help="temperature of Prob-STE, by default 0.1 or that of --init")
+    flag("--init", metavar="TOKENIZER", help="file to go on from; its size counts")
+    flag("--image_size", type=int, help="side in pixels; this and the next six: else of --size")
+    flag("--patch_size", type=int, help="side in pixels; each patch is a visual token")
+    flag("--codebook_size", type=int, help="visual codes V")
+    flag("--code_dim", type=int, help="dimensions of a code")
+    flag("--num_prologue", type=int, help="prologue tokens K")
+    flag("--prologue_codebook_size", type=int, help="prologue codes P")
+    flag("--tau", type=float, help="temperature of Prob-STE")
 
     # Joint AR model
     flag("--ar_size", default="nano", choices=AR_SIZES, help="of the joint AR model")
-    flag("--init_ar", metavar="AR",
-         help="AR file whose weights the joint AR model starts from; its size counts")
-    flag("--onestage", action="store_true",
-         help="the AR model is the final one: it sees the classes, there is no stage 2")
-    flag("--no_classes", action="store_true",
-         help="with --onestage: an unconditional model, all images count as one class")
-    flag("--direct_ce", action="store_true",
-         help="layouts 1d and 2d: cross-entropy on the visual tokens themselves (Fig. 5, there "
-         "with --tau 1)")
-    flag("--ce_weight", type=real(0), default=3.0,
-         help="lambda: factor of CE's gradient into the tokenizer")
-    flag("--visual_dropout", type=real(0, 1), default=0.5,
-         help="share of images whose visual tokens are hidden from the AR model; not with "
-         "--direct_ce")
+    flag("--onestage", action="store_true", help="the AR model is the final one, with classes")
+    flag("--direct_ce", action="store_true", help="1d, 2d: CE on the visual tokens (Fig. 5)")
+    flag("--ce_weight", type=float, default=3.0, help="lambda: factor of CE's gradient")
+    flag("--visual_dropout", type=float, default=0.5, help="share of images whose visual tokens "
+         "are hidden from the AR model")
 
     # Losses
     flag("--perceptual", default="none", choices=["none", "vgg", "convnext", "both"],
          help="vgg is LPIPS; both is vgg + 0.1 convnext")
-    flag("--gan_weight", type=real(0), default=0.02, help="0 trains without a discriminator")
-    flag("--gan_channels", type=whole(1), default=16, help="width of the discriminator")
-    flag("--lecam_weight", type=real(0), default=0.001, help="of the discriminator's LeCam term")
-    flag("--r1_weight", type=real(0), default=0.01, help="of the discriminator's R1 penalty")
-    flag("--r1_every", type=whole(1), default=25, help="steps between R1 penalties")
+    flag("--gan_weight", type=float, default=0.02, help="0 trains without a discriminator")
+    flag("--gan_channels", type=int, default=16, help="width of the discriminator")
 
     # Optimization
-    flag("--steps", type=whole(1), default=1600,
-         help="of the whole run; the learning rate follows it")
-    flag("--batch_size", type=whole(1), default=32, help="images per step, over all ranks together")
-    flag("--micro_batch_size", type=whole(1),
-         help="images per forward and rank, to save memory; by default all of a rank")
-    flag("--gradient_checkpointing", action="store_true",
-         help="less memory: blocks run once more in the backward")
-    flag("--lr", type=real(0), default=5e-4, help="learning rate after the warmup")
-    flag("--min_lr", type=real(0), default=5e-5, help="learning rate at the last step")
-    flag("--warmup", type=whole(0), default=50, help="steps of linear warmup")
-    flag("--hold", type=whole(0), default=800,
-         help="steps at --lr, then linear decay over what is left of --steps")
-    flag("--ema_half_life", type=real(1e-3), default=1000,
-         help="steps; at most a tenth of the steps so far")
-    flag("--seed", type=whole(0), default=0, help="of everything random")
+    flag("--steps", type=int, default=1600, help="of the whole run; the schedule follows it")
+    flag("--batch_size", type=int, default=32, help="images per step, over all ranks together")
+    flag("--micro_batch_size", type=int, help="images per forward and rank, to save memory")
+    flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    flag("--lr", type=float, default=5e-4, help="learning rate after the warmup")
+    flag("--min_lr", type=float, default=5e-5, help="learning rate at the last step")
+    flag("--warmup", type=int, default=50, help="steps of linear warmup")
+    flag("--hold", type=int, default=800, help="steps at --lr, before the linear decay")
+    flag("--seed", type=int, default=0, help="of everything random")
 
     # Machine and files
     flag("--out", default="out", help="folder for everything that is written")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--log_every", type=whole(1), default=50, help="steps between lines of the log")
-    flag("--wandb", metavar="PROJECT",
-         help="also send the log to this project at Weights & Biases (pip install wandb)")
-    flag("--eval_every", type=whole(1), default=400,
-         help="steps between held-out measures and pictures")
-    flag("--eval_images", type=whole(1), default=1000, help="held-out images for the measures")
-    flag("--save_every", type=whole(1), default=400, help="steps between saved states")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-         help="auto is what torch finds")
-    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"],
-         help="auto is bf16 on GPUs that have it (Ampere and later), else fp32")
+    flag("--log_every", type=int, default=50, help="steps between lines of the log")
+    flag("--eval_every", type=int, default=400, help="steps between held-out measures")
+    flag("--eval_images", type=int, default=1000, help="held-out images for the measures")
+    flag("--save_every", type=int, default=400, help="steps between saved states")
+    flag("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
+    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
+    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
     flag("--compile", action="store_true", help="torch.compile the transformer blocks")
-    flag("--num_workers", type=whole(0), default=min(8, os.cpu_count()),
-         help="threads that decode images, per rank")
+    flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
     args = parser.parse_args()
 
     if args.layout == "post" and args.init is None:
-        parser.error("--layout post needs --init TOKENIZER, the trained 2d tokenizer that it adds "
-                     "a prologue to")
+        parser.error("--layout post needs --init TOKENIZER, a trained 2d one, to add a prologue to")
     if args.direct_ce and args.layout not in ("1d", "2d"):
         parser.error("--direct_ce is for the layouts 1d and 2d")
     if args.onestage and args.layout not in ("prologue", "post"):
         parser.error("--onestage is for the layouts prologue and post")
-    if args.no_classes and not args.onestage:
-        parser.error("--no_classes goes with --onestage; else the joint AR model knows no classes")
-    if args.init_ar and args.layout in ("1d", "2d") and not args.direct_ce:
-        parser.error("--init_ar: the layouts 1d and 2d have an AR model only with --direct_ce")
     if args.layout == "post":
         args.perceptual = "none"  # only CE trains it, there is no reconstruction to judge
         args.gan_weight = 0.0
@@ -648,317 +428,210 @@ def main():
     args = parse_args()
     out = Path(args.out)
 
-    # Device and ranks: torchrun sets these variables, without it one process does everything
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    available = "cpu"
-    if torch.accelerator.is_available():
-        available = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
-    if args.device not in ("auto", "cpu", available):
-        raise InputError(f"--device {args.device}: torch finds only {available} here")
-    device = torch.device(available if args.device == "auto" else args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32; exact_fp32 turns it off where it counts
-        torch.backends.cudnn.benchmark = True
-    if args.dtype == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.dtype = "bf16" if has_bf16 else "fp32"
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    autocast = torch.autocast(device.type, dtype, enabled=args.dtype == "bf16")
-    if args.compile and device.type == "cpu" and not shutil.which("g++"):
-        raise InputError("--compile needs the compiler g++ on a CPU, and there is none here")
-    if world_size > 1:
-        # Losses and gradients travel by nccl between GPUs, what stands on the CPU by gloo.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    if rank == 0:
-        backend = attention_backend(device, dtype)
-        print(f"{world_size} x {device.type}, {args.dtype}, attention by {backend}", flush=True)
-
-    # Batch: each rank takes its share of the global one, in one or more micro-batches
+    # Device, ranks, and this rank's share of a step, in one or more micro-batches
+    rank, world_size, device, autocast = setup(args.device, args.dtype)
+    cuda = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA, but where exact_fp32 forbids it
+    torch.backends.cudnn.benchmark = True
     per_rank = args.batch_size // world_size
     micro = args.micro_batch_size or per_rank
-    if args.batch_size % world_size or per_rank % micro:
-        raise InputError(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
-                         f"with micro-batches of {micro}")
+    if args.batch_size % world_size or per_rank % micro or micro < 2:
+        raise SystemExit(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
+                         f"with micro-batches of {micro}, which should have 2 images or more")
+    share = micro / per_rank
 
     # Data
     images = Images(args.data)
-    val_data = args.val_data or default_val(args.data) or args.data
-    val_images = Images(val_data)
-    if val_data == args.data and rank == 0:
-        print(f"no held-out images (--val_data): what is measured is measured on {args.data}")
-    if args.batch_size > len(images) and rank == 0:
-        print(f"note: a batch holds some of the {len(images)} images more than once")
-    if args.no_classes:
-        images.drop_classes()
-        val_images.drop_classes()
+    val_images = Images(args.val_data or default_val(args.data) or args.data)
+    if rank == 0:
+        print(f"training on {images}, held out are {val_images}", flush=True)
     if args.onestage and val_images.classes != images.classes:
-        raise InputError(f"--onestage: {val_data} has other classes than {args.data}")
+        raise SystemExit(f"--onestage: {val_images} has other classes than {images}")
 
-    # Models
-    tokenizer, ar = build_models(args, images.classes)
-    tokenizer.to(device)
-    if ar is not None:
-        ar.to(device)
+    # Models, equal on all ranks
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer(args).to(device)
     size = tokenizer.cfg.image_size
+    ar = None
+    if tokenizer.cfg.num_prologue > 0 or args.direct_ce:
+        classes = images.classes if args.onestage else []  # without classes: unconditional
+        ar = AR(ARConfig.for_tokenizer(tokenizer.cfg, num_classes=len(classes), classes=classes,
+                                       **AR_SIZES[args.ar_size])).to(device)
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     final = tokenizer if args.onestage else ema  # the weights that are used afterwards
-    perceptual_loss = Perceptual(args.perceptual).to(device)
-    discriminator = None
-    if args.gan_weight > 0:
-        if micro < 2 or size < 24:
-            raise InputError("the discriminator needs 2 images of 24 pixels or more per forward, "
-                             f"this run has {micro} of {size}; train without it by --gan_weight 0")
-        discriminator = Discriminator(args.gan_channels).to(device)
+    memory = dict(memory_format=torch.channels_last) if cuda else {}
+    perceptual_loss = Perceptual(args.perceptual).to(device, **memory)
+    discriminator = Discriminator(args.gan_channels).to(device, **memory)
+    stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
     if rank == 0:
-        parameters = sum(p.numel() for p in tokenizer.parameters()) / 1e6
-        print(f"{args.layout}: {parameters:.1f}M parameters, {len(images)} images of "
-              f"{len(images.classes)} classes", flush=True)
+        print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters", flush=True)
 
     # Optimizers. beta1 is 0 for the two players of the GAN: momentum would push a player on
     # against an opponent that has moved meanwhile.
     groups = adamw_groups(tokenizer, betas=(0.0, 0.99), weight_decay=0.0)
     if ar is not None:
         groups += adamw_groups(ar, betas=(0.9, 0.99), weight_decay=0.03)
-    optimizers = {"optimizer": torch.optim.AdamW(groups, lr=args.lr, fused=True)}
-    if discriminator is not None:
-        adamw = torch.optim.AdamW(discriminator.parameters(), lr=args.lr, fused=True,
-                                  betas=(0.0, 0.99), weight_decay=1e-4)
-        optimizers["discriminator_optimizer"] = adamw
+    optimizers = [torch.optim.AdamW(groups, lr=args.lr, fused=True),
+                  torch.optim.AdamW(discriminator.parameters(), lr=args.lr, fused=True,
+                                    betas=(0.0, 0.99), weight_decay=1e-4)]
 
     # Resume
-    modules = {"tokenizer": tokenizer, "ema": ema}
-    if ar is not None:
-        modules["ar"] = ar
-    if discriminator is not None:
-        modules["discriminator"] = discriminator
-    fixed = dict(  # must not change on --resume
-        tokenizer=asdict(tokenizer.cfg),
-        ar=None if ar is None else asdict(ar.cfg),
-        gan_channels=None if discriminator is None else args.gan_channels,
-        direct_ce=args.direct_ce,
-        images=images.digest(),
-        crop=args.crop,
-        flip=args.flip,
-        batch_size=args.batch_size,
-        seed=args.seed,
-    )
+    state_path = out / "train_stage1.pt"
+    parts = [stage1, ema, discriminator, *optimizers]
+    fixed = dict(tokenizer=asdict(tokenizer.cfg), images=images.digest(), crop=args.crop,
+                 flip=args.flip, batch_size=args.batch_size, seed=args.seed)
     start_step = 0
-    if rank == 0 and not args.resume and (out / "train_stage1.pt").exists():
-        print(f"note: this replaces the run in {out}; --resume goes on with it")
-    if args.resume:
-        start_step = load_state(out / "train_stage1.pt", fixed, vars(args), modules | optimizers,
-                                rank, world_size)
+    log_size = 0
+    go_on = [args.resume and state_path.exists()]
+    if world_size > 1:
+        dist.broadcast_object_list(go_on)  # a rank that does not see the file will say so
+    if go_on[0]:
+        state = torch.load(state_path, weights_only=True, map_location="cpu")
+        for name, value in fixed.items():
+            if state["fixed"][name] != value:
+                raise SystemExit(f"--resume: {state_path} was made with {name} "
+                                 f"{state['fixed'][name]}, this run has {value}")
+        for part, saved in zip(parts, state["parts"]):
+            part.load_state_dict(saved)
+        start_step = state["step"]
+        log_size = state["log_size"]
 
-    # Compilation and ranks. Block by block, so that equal blocks are compiled once.
-    stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
+    # Compilation and ranks
     for module in stage1.modules():
         if isinstance(module, Transformer):
             module.gradient_checkpointing = args.gradient_checkpointing
-            if args.compile:
-                for block in module.blocks:
-                    block.compile(dynamic=False)
-    model = stage1
-    discriminator_model = discriminator
-    if world_size > 1:
-        # A broadcast of buffers would modify BatchNorm statistics that a backward still needs.
-        # Newer torch has another name for it and warns of the old one.
-        names = inspect.signature(DistributedDataParallel).parameters
-        sync = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        model = DistributedDataParallel(stage1, **{sync: False})
-        if discriminator is not None:
-            discriminator_model = DistributedDataParallel(discriminator, **{sync: False})
+    if args.compile:
+        compile_blocks(stage1)
+    model = DistributedDataParallel(stage1) if world_size > 1 else stage1
 
-    # Batches: the visit numbers of this rank in a step, a list for each micro-batch, and a loader
-    # that runs ahead of the loop
-    def visits_of_step(step):
-        first = (step - 1) * args.batch_size + rank * per_rank
-        return [range(i, i + micro) for i in range(first, first + per_rank, micro)]
-
+    # Batches of visits, one for each micro-batch, that a loader reads ahead of the loop
     steps = range(start_step + 1, args.steps + 1)
-    all_visits = (visits for step in steps for visits in visits_of_step(step))
+    firsts = ((step - 1) * args.batch_size + rank * per_rank + i
+              for step in steps for i in range(0, per_rank, micro))
+    batches = (range(first, first + micro) for first in firsts)
     load = functools.partial(training_view, images, size=size, args=args)
-    loader = load_batches(load, all_visits, args.num_workers)
-
-    # On SIGTERM or Ctrl-C: finish the step, save, end
-    stop = torch.zeros(1)
-    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
-    signal.signal(signal.SIGINT, lambda *_: stop.fill_(1))
+    loader = load_batches(load, batches, args.num_workers)
 
     # The loop
+    log = None
     wandb_run = None
-    if rank == 0:
-        if args.wandb and start_step < args.steps:
-            wandb_run = start_wandb(args, "train_stage1")
-        start_log(out / "train_stage1.jsonl", start_step)
+    if args.wandb and rank == 0:
+        import wandb
+
+        wandb_run = wandb.init(project=args.wandb, name=f"{out} stage1", config=vars(args))
     stage1.train()
-    zero = torch.zeros((), device=device)
-    skipped = torch.zeros((), device=device)  # steps in a row, up to now
-    asked_to_stop = torch.zeros(1)
-    start = time.perf_counter()
-    clock = start
+    clock = time.perf_counter()
     clock_step = start_step
     for step in steps:
         # Learning rate
-        for optimizer in optimizers.values():
+        lr = learning_rate(step, args)
+        for optimizer in optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+                group["lr"] = lr
 
         # Random numbers are drawn for the global batch, of which each rank takes its slice
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) % 2**63)
         of_rank = slice(rank * per_rank, (rank + 1) * per_rank)
         drop = torch.rand(args.batch_size, generator=generator)[of_rank] < args.visual_dropout
         unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < CLASS_DROPOUT
+        labels = torch.zeros(per_rank, dtype=torch.int64)  # a joint AR model knows no classes
+        if args.onestage:
+            first = (step - 1) * args.batch_size + rank * per_rank
+            labels = images.labels[visited_images(args.seed, first, per_rank, len(images))]
+            labels = labels.masked_fill(unlabelled, len(images.classes))
+        labels = labels.to(device, non_blocking=cuda)
+        drop = drop.to(device, non_blocking=cuda)
 
         terms = defaultdict(float)  # of the loss, for the log
-        for i, visits in enumerate(visits_of_step(step)):
+        for i in range(0, per_rank, micro):
             # A micro-batch of images
             x = next(loader)  # (B, 3, H, W) uint8
-            if device.type == "cuda":
+            if cuda:
                 x = x.pin_memory()  # only copies from pinned memory are asynchronous
-            x = to_float(x.to(device, non_blocking=device.type == "cuda"))
-            of_micro = slice(i * micro, (i + 1) * micro)
-            labels = torch.zeros(micro, dtype=torch.int64)  # a joint AR model knows no classes
-            if args.onestage:
-                labels = images.labels[[visited_image(args.seed, v, len(images)) for v in visits]]
-                labels = labels.masked_fill(unlabelled[of_micro], len(images.classes))
-            labels = labels.to(device)
-            dropped = drop[of_micro].to(device)
-            if world_size > 1:  # gradients travel between the ranks once per step
-                last_micro = i == per_rank // micro - 1
-                model.require_backward_grad_sync = last_micro
-                if discriminator is not None:
-                    discriminator_model.require_backward_grad_sync = last_micro
+            x = to_float(x.to(device, non_blocking=cuda))
+            model.require_backward_grad_sync = i + micro == per_rank  # of DDP: once per step
 
-            # Forward and losses
+            # Tokenizer and joint AR model
             with autocast:
-                y, vq, ce = model(x, labels, dropped)
-            l1 = zero
-            perceptual = zero
-            gan_loss = zero
+                y, vq, ce = model(x, labels[i : i + micro], drop[i : i + micro])
+            l1 = perceptual = gan = torch.zeros((), device=device)
             if y is not None:
                 l1 = F.l1_loss(y, x)
                 perceptual = perceptual_loss(y, x)
-            if discriminator is not None:
+            if args.gan_weight > 0:
                 discriminator.requires_grad_(False)  # this gradient is for the tokenizer alone
                 with autocast:
-                    logits = discriminator.net(y)
-                gan_loss = F.softplus(-logits.float()).mean()
+                    gan = F.softplus(-discriminator.net(y).float()).mean()
                 discriminator.requires_grad_(True)
-            loss = l1 + vq + perceptual + args.gan_weight * gan_loss + ce
-
-            # Backward
-            (loss * micro / per_rank).backward()
-            micro_terms = dict(l1=l1, vq=vq, perceptual=perceptual, gan=gan_loss, ce=ce)
+            loss = l1 + vq + perceptual + args.gan_weight * gan + ce
+            (loss * share).backward()
+            losses = dict(l1=l1, vq=vq, perceptual=perceptual, gan=gan, ce=ce)
 
             # Discriminator, on the same images and reconstructions
-            if discriminator is not None:
-                with_r1 = args.r1_weight > 0 and step % args.r1_every == 0
-                bf16 = args.dtype == "bf16" and not with_r1  # R1 differentiates twice: not in bf16
-                with torch.autocast(device.type, dtype, enabled=bf16):
-                    logits_real, logits_fake, r1 = discriminator_model(x, y, with_r1)
-                logits_real = logits_real.float()
-                logits_fake = logits_fake.float()
-                means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
-                if world_size > 1:
-                    dist.all_reduce(means)
-                    means = means / world_size
-                means = means.where(means.isfinite(), discriminator.averages)
-                discriminator.averages.lerp_(means, (1 - 0.999) * micro / per_rank)
-                lecam = lecam_penalty(logits_real, logits_fake, discriminator.averages)
-                vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
-                discriminator_loss = vanilla + args.lecam_weight * lecam + args.r1_weight / 2 * r1
-                (discriminator_loss * micro / per_rank).backward()
-                micro_terms |= dict(discriminator=discriminator_loss, lecam=lecam, r1=r1)
-                micro_terms |= dict(logits_real=means[0], logits_fake=means[1])
-            for name, value in micro_terms.items():
-                terms[name] += value.detach() * micro / per_rank
+            if args.gan_weight > 0:
+                with_r1 = step % R1_EVERY == 0  # differentiates twice: not in bf16
+                with contextlib.nullcontext() if with_r1 else autocast:
+                    loss, more = discriminator_loss(discriminator, x, y, with_r1, share)
+                (loss * share).backward()
+                losses |= more
+            for name, value in losses.items():
+                terms[name] += value.detach() * share
 
-        # Step. If a gradient is not finite (then it is so on all ranks, which have averaged them),
-        # found_inf makes fused AdamW skip the update, without a value that the CPU has to wait for.
-        finite = torch.ones((), device=device, dtype=torch.bool)
-        for name, optimizer in optimizers.items():
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            finite &= norm.isfinite()
-            optimizer.found_inf = (~norm.isfinite()).float()
+        # Step and EMA
+        if world_size > 1 and args.gan_weight > 0:
+            for p in discriminator.parameters():
+                dist.all_reduce(p.grad)
+                p.grad /= world_size
+        for optimizer in optimizers:
             optimizer.step()
-            terms[name.replace("optimizer", "grad_norm")] = norm
-        skipped = torch.where(finite, zero, skipped + 1)
-
-        # EMA; its half-life is at most a tenth of the steps so far
-        update_ema(ema, tokenizer, min(args.ema_half_life, 0.1 * step))
-
-        # All ranks stop at the same step. A copy is reduced: a signal may set `stop` meanwhile.
-        asked_to_stop = stop.clone()
-        if world_size > 1:
-            dist.all_reduce(asked_to_stop, dist.ReduceOp.MAX)
-        last = step == args.steps or bool(asked_to_stop)
+        update_ema(ema, tokenizer, min(EMA_HALF_LIFE, 0.1 * step))
 
         # Log
-        if step % args.log_every == 0 or last:
+        if log is None and rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            log = open(out / "train_stage1.jsonl", "a")
+            log.truncate(min(log_size, log.tell()))  # the log of an earlier run ends here
+        if step % args.log_every == 0 or step == args.steps:
+            grads = [p.grad for p in stage1.parameters() if p.grad is not None]
+            terms["grad_norm"] = torch.nn.utils.get_total_norm(grads)
+            check_finite(f"step {step}", terms)
             values = torch.stack(list(terms.values()))
             if world_size > 1:
                 dist.all_reduce(values)
-            means = (values / world_size).tolist()
-            seconds = time.perf_counter() - clock
-            entry = {"step": step, "images": step * args.batch_size} | dict(zip(terms, means))
-            entry["lr"] = learning_rate(step, args)
-            entry["images_per_s"] = (step - clock_step) * args.batch_size / seconds
+            seconds = (time.perf_counter() - clock) / (step - clock_step)  # of a step
+            entry = {"step": step, "images": step * args.batch_size, "lr": lr}
+            entry |= dict(zip(terms, (values / world_size).tolist()))
+            entry["images_per_s"] = args.batch_size / seconds
+            entry["minutes_left"] = (args.steps - step) * seconds / 60
             if rank == 0:
-                write_log(out / "train_stage1.jsonl", entry, wandb_run)
-                shown = {name: entry[name] for name in SHOWN if name in entry}
-                left = (args.steps - step) * args.batch_size / entry["images_per_s"]
-                print(f"{as_text(shown)}  {left / 60:.0f} min left", flush=True)
-            if skipped >= 10:
-                bad = [name for name in terms if not math.isfinite(entry[name])]
-                raise InputError(f"{bad[0]} has not been finite for {int(skipped)} steps, which "
-                                 "were skipped; try --resume with a lower --lr")
-            clock = time.perf_counter()
-            clock_step = step
+                report(entry, log, wandb_run)
 
-        # The first step compiles, allocates and tunes: later lines leave it out of images_per_s
-        if step == start_step + 1:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if rank == 0:
-                print(f"first step: {time.perf_counter() - start:.1f} s", flush=True)
-            clock = time.perf_counter()
-            clock_step = step
-
-        # Held-out measures and pictures; a job that is asked to stop may not have the time for them
-        pause = time.perf_counter()
-        if (step % args.eval_every == 0 or step == args.steps) and not asked_to_stop:
+        # Held-out measures and pictures
+        if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
             with torch.compiler.set_stance("force_eager"):  # other batch sizes than the loop's
-                entry = evaluate(final, ar, val_images, args, device, autocast, rank, world_size)
-                if rank == 0:
-                    write_log(out / "train_stage1.jsonl", {"step": step} | entry, wandb_run)
-                    print(f"  held out: {as_text(entry)}", flush=True)
-                    picture = out / "train_stage1.png"
-                    save_pictures(picture, final, val_images, args, device, autocast)
+                measures = evaluate(final, ar, val_images, args, device, autocast)
+                report({"step": step} | measures, log, wandb_run)
+                save_pictures(out / "train_stage1.png", final, val_images, args, device, autocast)
 
-        # Save, behind the measures: a run that is killed while measuring goes on from before them
-        if step % args.save_every == 0 or last:
-            if args.onestage:
-                ar.cfg.tokenizer = final.fingerprint()
-            if rank == 0:
-                save_state(out / "train_stage1.pt", step, fixed, vars(args), modules, optimizers)
-                final.save(out / "tokenizer.safetensors")
-                if ar is not None:
-                    ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
-        clock += time.perf_counter() - pause  # this time does not count in images_per_s
+        # Save, after the measures: a run that is killed while measuring goes on from before them
+        if (step % args.save_every == 0 or step == args.steps) and rank == 0:
+            check_finite(f"step {step}", dict(stage1.named_parameters()))
+            check_finite(f"step {step}", dict(discriminator.named_parameters()))
+            final.save(out / "tokenizer.safetensors")
+            if ar is not None:
+                ar.cfg.tokenizer = final.fingerprint() if args.onestage else ""
+                ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
+            state = dict(step=step, log_size=log.tell(), fixed=fixed)
+            state["parts"] = [part.state_dict() for part in parts]
+            with writing(state_path) as temporary:
+                torch.save(state, temporary)
 
-        if last:
-            break
+        # images_per_s is without the first step, which compiles, and without measures and saves
+        if step == steps[0] or step % args.log_every == 0:
+            clock = time.perf_counter()
+            clock_step = step
 
-    if wandb_run is not None:
-        wandb_run.finish()
-    if rank == 0 and asked_to_stop:
-        print(f"asked to stop: saved after step {step}, go on with --resume")
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tokenizer import HelpFormatter, writing
+from tokenizer import writing
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
            "ankle-boot"]
@@ -53,7 +53,7 @@ def load(source, split):
 
 
 def main():
-    parser = argparse.ArgumentParser(formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--source", default="/usr/share/datasets/fashion-mnist", help="folder of the four files")
     flag("--out", default=Path(__file__).with_name("fashion_mnist.zip"))
