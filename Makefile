@@ -5,11 +5,17 @@ RUN = $(VENV)/bin/python
 .PHONY: demo test lint
 
 demo: $(VENV)/installed
-	$(RUN) tools/run_demo.py
+	$(RUN) train_stage1.py
+	$(RUN) pretokenize.py
+	$(RUN) train_ar.py
+	$(RUN) sample.py --pair out --out out --num_samples 2000
+	$(RUN) sample.py --pair out --out out/no_cfg --num_samples 2000 --no_cfg
+	$(RUN) fid.py --tokenizer out/tokenizer.safetensors
+	$(RUN) fid.py out/no_cfg/samples.npz
+	$(RUN) fid.py out/samples.npz
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q test_all.py tests
-	$(RUN) tools/check_readme.py
 
 lint: $(VENV)/installed
 	$(RUN) -m pip install -q ruff

@@ -14,7 +14,6 @@ Letters in shapes: N images in all, B of them in a batch, H x W pixels, d featur
 
 import argparse
 import json
-import math
 import os
 import random
 import sys
@@ -27,7 +26,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pretokenize import BUNDLED, Images, center_crop, load_batches, psnr, to_float, to_uint8
-from tokenizer import Tokenizer, read_safetensors, setup
+from tokenizer import Tokenizer, check_finite, read_safetensors, setup
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
@@ -35,34 +34,45 @@ WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.
 # Images
 
 
-def image_batches(path, batch_size, size=None, num_workers=2):
-    """Images of an .npz, a folder or a zip -> count, (H, W), iterator of uint8 (B, H, W, 3). With
-    `size` image files become ADM's centre crops of size x size."""
-    if str(path).endswith(".npz"):
-        with np.load(path) as npz:
-            array = npz["arr_0"]
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-            raise SystemExit(f"{path}: arr_0 is {array.dtype} {array.shape}, and should be images "
-                             "as uint8 from 0 to 255 of shape (N, H, W, 3)")
-        batches = torch.from_numpy(array).split(batch_size)
-        return len(array), array.shape[1:3], iter(batches)
+def image_batches(path, batch_size, size=None, crop=False):
+    """Images of an .npz, a folder or a zip -> count, (H, W), iterator of uint8 (B, H, W, 3). All
+    have one size, `size` (H, W) where it is given; `crop` makes image files ADM's centre crops."""
+
+    def check(shape, name):
+        if tuple(shape) != tuple(size or shape):
+            raise SystemExit(f"{name} is {shape[1]} x {shape[0]} and not {size[1]} x {size[0]} as "
+                             "others are; --crop brings a reference to the samples' size")
+
+    npz = open_npz(path)
+    if "arr_0" in npz:
+        array = npz["arr_0"]
+        if array.dtype != np.uint8 or array.shape[3:] != (3,):
+            raise SystemExit(f"{path}: arr_0 should be images as uint8 of shape (N, H, W, 3)")
+        check(array.shape[1:3], path)
+        return len(array), array.shape[1:3], iter(torch.from_numpy(array).split(batch_size))
 
     images = Images(path)
     order = list(range(len(images)))
     random.Random(0).shuffle(order)  # a split of the Inception Score should hold all classes
-    shape = (size, size) if size else images.open(order[0]).size[::-1]
+    size = size or images.open(order[0]).size[::-1]
 
     def load(index):
         image = images.open(index)
-        pixels = center_crop(image, size) if size else np.asarray(image)
-        if pixels.shape[:2] != shape:
-            raise SystemExit(f"{images.names[index]} in {path} is {image.width} x {image.height}, "
-                             f"others are {shape[1]} x {shape[0]}: bring all to one size, or a "
-                             "reference to that of the samples by --crop")
+        pixels = center_crop(image, size[0]) if crop else np.asarray(image)
+        check(pixels.shape[:2], images.names[index])
         return pixels
 
-    keys = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
-    return len(images), shape, load_batches(load, keys, num_workers)
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return len(images), size, load_batches(load, batches, min(8, os.cpu_count()))
+
+
+def open_npz(path):
+    """The arrays of an .npz, read when they are asked for; an empty dict for anything else."""
+    if not str(path).endswith(".npz"):
+        return {}
+    if not Path(path).is_file():
+        raise SystemExit(f"{path} does not exist; sample.py makes samples.npz")
+    return np.load(path)
 
 
 # Networks whose features are compared
@@ -183,24 +193,6 @@ def extract(network, batches, device, total=None, title=None):
     return result
 
 
-def stored(path):
-    """What an .npz stores: the statistics (mu, sigma) as "pool" and (mu_s, sigma_s) as "spatial",
-    the labels arr_1 as "labels", and whether it holds images."""
-    if not str(path).endswith(".npz"):
-        return {"images": True}
-    if not Path(path).is_file():
-        raise SystemExit(f"{path} does not exist; sample.py makes samples.npz")
-    with np.load(path) as npz:
-        result = {"images": "arr_0" in npz}
-        if "mu" in npz:
-            result["pool"] = (npz["mu"], npz["sigma"])
-        if "mu_s" in npz:
-            result["spatial"] = (npz["mu_s"], npz["sigma_s"])
-        if "arr_1" in npz:
-            result["labels"] = torch.from_numpy(npz["arr_1"]).flatten()  # (N,)
-    return result
-
-
 # Scores
 
 
@@ -267,12 +259,10 @@ def reconstructions(tokenizer, batches, device, ratios):
 def default_images(codes_path, size, bundled):
     """The images that were tokenized into a file, else the bundled ones for 28 x 28."""
     if codes_path.exists():
-        _, cfg = read_safetensors(codes_path, "codes")
-        return cfg["data"]
-    if tuple(size) == (28, 28):
-        return str(BUNDLED / bundled)
-    raise SystemExit(f"the images to compare with are needed: {codes_path}, which would name them, "
-                     "does not exist")
+        return read_safetensors(codes_path, "codes")[1]["data"]
+    if tuple(size) != (28, 28):
+        raise SystemExit(f"images to compare with are needed: no {codes_path} names them")
+    return str(BUNDLED / bundled)
 
 
 def parse_args():
@@ -291,7 +281,6 @@ def parse_args():
          help="auto: fashion for 28 x 28, else inception")
     flag("--inception", metavar="FILE", help="torch-fidelity's weights; else downloaded")
     flag("--batch_size", type=int, default=100, help="images per forward")
-    flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads")
     flag("--out", default="out", help="folder where samples.npz is looked for")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
     flag("--json", action="store_true", help="print one JSON line instead of the table")
@@ -303,79 +292,69 @@ def main():
     args = parse_args()
     _, _, device, _ = setup(args.device)
     torch.backends.cudnn.allow_tf32 = False  # numbers should not depend on the type of GPU
-    batch_size = args.batch_size
 
-    # Samples and reference
+    # Samples, or reconstructions, and the reference
+    labels = None
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer).to(device)
-        side = tokenizer.cfg.image_size
-        size = (side, side)
+        size = (tokenizer.cfg.image_size, tokenizer.cfg.image_size)
         codes_path = Path(args.tokenizer).with_name("codes_val.safetensors")
         reference = args.data or default_images(codes_path, size, "val")
-        count, _, batches = image_batches(reference, batch_size, side, args.num_workers)
+        count, _, originals = image_batches(reference, args.batch_size, size, crop=True)
         ratios = []
-        batches = reconstructions(tokenizer, batches, device, ratios)
-        sample_file = {"images": True}
-        result = {"samples": f"reconstructions by {args.tokenizer}", "reference": reference}
+        batches = reconstructions(tokenizer, originals, device, ratios)
+        result = {"samples": f"reconstructions by {args.tokenizer}"}
     else:
         path = args.samples or str(Path(args.out) / "samples.npz")
-        sample_file = stored(path)
-        if sample_file["images"]:
-            count, size, batches = image_batches(path, batch_size, num_workers=args.num_workers)
+        count, size, batches = image_batches(path, args.batch_size)
         codes_path = Path(path).with_name("codes.safetensors")
         reference = args.reference or default_images(codes_path, size, "train")
-        result = {"samples": path, "reference": reference}
-    crop = args.tokenizer or args.crop or not (args.tokenizer or args.reference)
-    against = stored(reference)
+        labels = open_npz(path).get("arr_1")
+        result = {"samples": path}
+    name, network = feature_network(args.features, size, args.inception, device)
+    result |= {"reference": reference, "features": name, "count": count}
 
-    # Features, of which those stored in a reference count
-    if sample_file["images"]:
-        name, network = feature_network(args.features, size, args.inception, device)
-        result |= {"features": name, "count": count}
-        if against["images"]:
-            n, shape, others = image_batches(reference, batch_size, size[0] if crop else None,
-                                             args.num_workers)
-            if tuple(shape) != tuple(size):
-                raise SystemExit(f"{reference} holds images of {shape[1]} x {shape[0]} and the "
-                                 f"samples are {size[1]} x {size[0]}: bring them to one size, "
-                                 "perhaps by --crop")
-            total = math.ceil(n / batch_size)
-            against = extract(network, others, device, total, "reference") | against
-        total = math.ceil(count / batch_size)
-        samples = extract(network, batches, device, total, "samples")
-    else:
-        samples = sample_file
+    # Features; the statistics that a reference stores count, and not those of its images
+    against = {}
+    stored = open_npz(reference)
+    if "arr_0" in stored or not stored:
+        crop = args.tokenizer or args.crop or args.reference is None
+        n, _, originals = image_batches(reference, args.batch_size, size, crop)
+        against = extract(network, originals, device, n // args.batch_size, "reference")
+    for feature, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        if mu in stored:
+            against[feature] = (stored[mu], stored[sigma])
+    samples = extract(network, batches, device, count // args.batch_size, "samples")
 
     # Scores
-    for score, feature in (("rfid" if args.tokenizer else "fid", "pool"), ("sfid", "spatial")):
-        if feature in samples and feature in against:
-            if len(samples[feature][0]) != len(against[feature][0]):
-                raise SystemExit("samples and reference have features of different networks")
-            result[score] = frechet_distance(*samples[feature], *against[feature])
-    if "features" in samples:
-        result["inception_score"] = samples["inception_score"]
-    if "features" in samples and "features" in against:
+    if len(samples["pool"][0]) != len(against["pool"][0]):
+        raise SystemExit(f"{reference} stores statistics of another network than {name}")
+    result["rfid" if args.tokenizer else "fid"] = frechet_distance(*samples["pool"],
+                                                                   *against["pool"])
+    if "spatial" in samples and "spatial" in against:
+        result["sfid"] = frechet_distance(*samples["spatial"], *against["spatial"])
+    result["inception_score"] = samples["inception_score"]
+    if "features" in against:
         result["precision"], result["recall"] = precision_recall(
             samples["features"].to(device), against["features"].to(device))
     if args.tokenizer:
         result["psnr"] = torch.cat(ratios).double().mean().item()
-    elif sample_file["images"] and name == "fashion" and "labels" in sample_file:
+    elif labels is not None and name == "fashion" and not stored:
         from data.fashion_mnist import CLASSES
 
-        if not reference.endswith(".npz") and Images(reference).classes == sorted(CLASSES):
-            right = samples["predicted"] == sample_file["labels"]
-            result["class_consistency"] = right.float().mean().item()
+        if Images(reference).classes == sorted(CLASSES):
+            right = samples["predicted"] == torch.from_numpy(labels).flatten()
+            result["class_consistency"] = right.double().mean().item()
 
     # Print
-    for name, value in result.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise SystemExit(f"{name} is {value}: images, statistics or weights must be damaged")
+    check_finite("images, statistics or weights are damaged", {
+        key: torch.tensor(value) for key, value in result.items() if isinstance(value, float)})
     if args.json:
         print(json.dumps(result))
     else:
-        for name, value in result.items():
-            print(f"{name:18} {value:.4f}" if isinstance(value, float) else f"{name:18} {value}")
-    if result.get("count", 10000) < 10000:
+        for key, value in result.items():
+            print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
+    if count < 10000:
         print("note: fewer than 10,000 images: these numbers are biased, compare only at equal "
               "counts", file=sys.stderr)
 

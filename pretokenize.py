@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, PngImagePlugin
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from tokenizer import Tokenizer, save_checkpoint, setup, writing
@@ -257,13 +258,6 @@ def five_crops(image, size):
     return [cut(square, size, top, left) for top, left in places]
 
 
-def no_crop(image, size):
-    if image.size != (size, size):
-        raise SystemExit(f"--crop none: an image is {image.width} x {image.height}, and all should "
-                         f"be {size} x {size}")
-    return np.asarray(image)
-
-
 # Batches
 
 
@@ -307,22 +301,14 @@ def load_batches(load, batches, num_workers):
 
 
 def save_grid(path, rows):
-    """Rows of uint8 images (n, H, W, 3) as one PNG, two white pixels between neighbours; images
-    under 56 pixels are enlarged."""
-    height, width = rows[0].shape[1:3]
-    scale = max(1, 56 // height)
-    height = scale * height + 2
-    width = scale * width + 2
-    columns = max(len(row) for row in rows)
-    sheet = np.full((len(rows) * height + 2, columns * width + 2, 3), 255, np.uint8)
-    for i, row in enumerate(rows):
-        for j, image in enumerate(np.asarray(row)):
-            large = image.repeat(scale, 0).repeat(scale, 1)
-            top = i * height + 2
-            left = j * width + 2
-            sheet[top : top + height - 2, left : left + width - 2] = large
+    """Rows of uint8 images (n, H, W, 3), all of one length, as one PNG, two white pixels between
+    neighbours; images under 56 pixels are enlarged."""
+    images = torch.cat([torch.as_tensor(row) for row in rows]).permute(0, 3, 1, 2)  # (n, 3, H, W)
+    scale = max(1, 56 // images.shape[2])
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    sheet = make_grid(images, nrow=len(rows[0]), padding=2, pad_value=255)  # (3, height, width)
     with writing(path) as temporary:
-        Image.fromarray(sheet).save(temporary, "png")
+        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(temporary, "png")
 
 
 # The script
@@ -336,10 +322,8 @@ def views(images, index, size, crop, flip):
     for picture in (image, ImageOps.mirror(image))[: 1 + flip]:
         if crop == "ten":
             result += five_crops(picture, size)
-        elif crop == "center":
-            result.append(center_crop(picture, size))
         else:
-            result.append(no_crop(picture, size))
+            result.append(center_crop(picture, size))
     return np.ascontiguousarray(np.stack(result).transpose(0, 3, 1, 2))
 
 
@@ -354,7 +338,8 @@ def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_si
     # In numbered parts, every rank its own; those of an earlier run with the same settings stay
     folder = Path(f"{target}.{cfg['digest']}.parts")
     parts = torch.arange(len(images)).split(PART_SIZE)
-    missing = [i for i in range(rank, len(parts), world_size) if not (folder / f"{i}.npy").exists()]
+    files = [folder / f"{i}.npy" for i in range(len(parts))]
+    missing = [i for i in range(rank, len(parts), world_size) if not files[i].exists()]
     num_views = (1 + flip) * (5 if crop == "ten" else 1)
     per_batch = max(1, args.batch_size // world_size // num_views)
     load = functools.partial(views, images, size=tokenizer.cfg.image_size, crop=crop, flip=flip)
@@ -366,7 +351,7 @@ def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_si
             x = next(loader).to(device)  # (B, views, 3, H, W)
             batch_codes = tokenizer.encode(to_float(x.flatten(0, 1)))  # (B*views, K+N)
             codes.append(batch_codes.unflatten(0, (-1, num_views)).cpu())  # (B, views, K+N)
-        with writing(folder / f"{i}.npy") as temporary, open(temporary, "wb") as file:
+        with writing(files[i]) as temporary, open(temporary, "wb") as file:
             np.save(file, torch.cat(codes).numpy().astype(np.uint16))
     if world_size > 1:
         dist.barrier()
@@ -375,8 +360,8 @@ def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_si
     if rank == 0:
         length = tokenizer.cfg.num_prologue + tokenizer.cfg.num_visual
         codes = np.empty((len(images), num_views, length), np.uint16)
-        for i, part in enumerate(parts):
-            codes[part] = np.load(folder / f"{i}.npy")
+        for part, file in zip(parts, files):
+            codes[part] = np.load(file)
         tensors = {"codes": torch.from_numpy(codes), "labels": images.labels}
         save_checkpoint(target, "codes", tensors, cfg)
         shutil.rmtree(folder)
@@ -391,9 +376,8 @@ def parse_args():
          help="training images: a folder, zip, or path into a zip, with a folder for each class")
     flag("--val_data", help="held-out images; else the folder val beside a --data named train")
     flag("--tokenizer", help="tokenizer file; else tokenizer.safetensors in --out")
-    flag("--crop", default="center", choices=["none", "center", "ten"],
-         help="none: the images have the size already; center: the middle square; ten: corners and "
-         "middle of a 1.1 times larger square, each also mirrored")
+    flag("--crop", default="center", choices=["center", "ten"], help="ten: corners and middle of a "
+         "1.1 times larger square, each also mirrored")
     flag("--flip", action="store_true", help="add mirrored copies (ten has them)")
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--batch_size", type=int, default=256, help="crops at a time, over all ranks")
@@ -411,8 +395,6 @@ def main():
     # the one with the most parts left.
     rank, world_size, device, _ = setup(args.device, timeout_hours=12)
     tokenizer = Tokenizer.load(args.tokenizer or out / "tokenizer.safetensors").to(device)
-    where = dict(device=device, rank=rank, world_size=world_size)
-
     # Images
     images = Images(args.data)
     val_data = args.val_data or default_val(args.data)
@@ -426,9 +408,9 @@ def main():
 
     # Tokens: held-out images first, with one crop each, because they are few
     target = out / "codes_val.safetensors"
+    where = dict(device=device, rank=rank, world_size=world_size)
     if val_images:
-        tokenize(tokenizer, val_images, target, args, flip=False,
-                 crop="none" if args.crop == "none" else "center", **where)
+        tokenize(tokenizer, val_images, target, args, crop="center", flip=False, **where)
     elif rank == 0:
         target.unlink(missing_ok=True)  # those of an earlier run would not belong to these
     tokenize(tokenizer, images, out / "codes.safetensors", args, crop=args.crop,

@@ -37,16 +37,12 @@ def models(layout="prologue", **ar_cfg):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shapes(layout):
     tokenizer, ar, images = models(layout)
-    k = tokenizer.cfg.num_prologue
-    assert k == (K if layout in ("prologue", "post") else 0)
-
+    k = K if layout in ("prologue", "post") else 0
     codes = tokenizer.encode(images)
     assert codes.shape == (4, k + N)
-    assert codes.dtype == torch.int64
     assert codes.min() >= 0
     assert codes[:, k:].max() < V
-    if k > 0:
-        assert codes[:, :k].max() < P
+    assert k == 0 or codes[:, :k].max() < P
 
     # The decoder sees visual codes only.
     assert tokenizer.decode(codes).shape == (4, 3, 32, 32)
@@ -55,18 +51,12 @@ def test_shapes(layout):
     reconstruction, training_codes, onehot, vq_loss = tokenizer(images)
     assert torch.equal(training_codes, codes)
     assert vq_loss.shape == ()
-    if layout == "post":  # its visual path is frozen: no pixels are trained
-        assert reconstruction is None
-    else:
-        assert reconstruction.shape == images.shape
-    if k > 0:
-        assert onehot.shape == (4, K, P)
-    else:
-        assert onehot is None
+    assert (reconstruction is None) == (layout == "post")  # its visual path is frozen
+    assert (onehot is None) == (k == 0)
+    assert onehot is None or onehot.shape == (4, K, P)
 
-    length = k + 1 + N if k > 0 else N
-    vocabulary = V + P + 1 if k > 0 else V
-    assert ar(codes, torch.arange(4)).shape == (4, length, vocabulary)
+    shape = (4, k + 1 + N, V + P + 1) if k > 0 else (4, N, V)
+    assert ar(codes, torch.arange(4)).shape == shape
     assert ar.measure(codes, torch.arange(4))["nats_visual"].shape == (4,)
 
 
@@ -163,22 +153,18 @@ def plain_generate(ar, labels, noise, cfg_prologue, cfg_visual, schedule, power,
     codes = torch.zeros(len(labels), k + N, dtype=torch.int64)
     unconditional = torch.full_like(labels, ar.cfg.num_classes)
     for i in range(k + N):
+        position = i if i < k or k == 0 else i + 1  # EOS stands between the groups
         if i < k:
-            position = i
             scale = cfg_prologue
             rows = slice(V, V + P)
-        elif k > 0:
-            position = i + 1  # EOS stands between the groups
-            scale = guidance(cfg_visual, schedule, power, (position - k) / (1 + N))
-            rows = slice(0, V)
         else:
-            position = i
-            scale = guidance(cfg_visual, schedule, power, i / N)
+            t = (position - k) / (1 + N) if k > 0 else i / N
+            scale = guidance(cfg_visual, schedule, power, t)
             rows = slice(0, V)
-        with_class = ar(codes, labels)[:, position]
-        without = ar(codes, unconditional)[:, position]
+        with_class = ar(codes, labels)[:, position, rows]
+        without = ar(codes, unconditional)[:, position, rows]
         logits = scale * with_class + (1 - scale) * without
-        codes[:, i] = sample_codes(logits[:, rows], noise[:, i], **filters)
+        codes[:, i] = sample_codes(logits, noise[:, i], **filters)
     return codes
 
 

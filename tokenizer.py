@@ -48,8 +48,7 @@ def can_flash(device, dtype):
 
 
 def attention(q, k, v, causal=False, mask=None):
-    """softmax(q k^T / sqrt(d)) v for tensors (B, T, heads, d); mask (T of q, T of k) bool, True
-    where q may look."""
+    """softmax(q k^T / sqrt(d)) v of (B, T, heads, d); mask (T of q, T of k): where q may look."""
     if mask is None and can_flash(q.device, q.dtype):
         return flash_attn_func(q, k, v, causal=causal)
     q = q.transpose(1, 2)  # (B, heads, T, d)
@@ -88,11 +87,9 @@ def rope_table(grid, line, head_dim):
 
 
 def rope(x, cos, sin):
-    """Turns the pairs (x_0, x_1), (x_2, x_3), ... of x (B, T, heads, d) by the angles of a table
-    (T, d/2). A narrower table, which the AR model has, leaves the last dimensions as they are."""
+    """Turns the pairs (x_0, x_1), (x_2, x_3), ... of x (B, T, heads, d) by angles (T, 1, d/2). A
+    narrower table of them, which the AR model has, leaves the last dimensions as they are."""
     width = 2 * cos.shape[-1]
-    cos = cos[:, None]  # (T, 1, width/2), the same for every head
-    sin = sin[:, None]
     even = x[..., 0:width:2]
     odd = x[..., 1:width:2]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
@@ -187,8 +184,8 @@ class Transformer(nn.Module):
 
     def forward(self, x, angles, causal=False, caches=None, start=0):
         """x (B, T, D), angles (T, d/2) of its positions -> (B, T, D); caches: one for a block."""
-        cos = angles.cos()
-        sin = angles.sin()
+        cos = angles.cos()[:, None]  # (T, 1, d/2), the same for every head
+        sin = angles.sin()[:, None]
         for i, block in enumerate(self.blocks):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, cos, sin, causal, use_reentrant=False)
@@ -207,8 +204,7 @@ def unit_norm(x):
 
 @contextlib.contextmanager
 def exact_fp32(device_type):
-    """True fp32 products: no autocast, no TF32. A code search in TF32 picks another code for 0.15%
-    of the tokens."""
+    """No autocast, no TF32: with TF32 a code search picks another code for 0.15% of the tokens."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     with torch.autocast(device_type, enabled=False):
@@ -406,17 +402,14 @@ class Tokenizer(nn.Module):
                                                         cfg.code_dim, cfg.tau)
 
     def hidden(self, images):
-        """images (B, 3, H, W) -> h_visual (B, N, D), h_prologue (B, K, D) or None. Paper equation
-        1."""
+        """images (B, 3, H, W) -> h_visual (B, N, D), h_prologue (B, K, D). Paper equation 1."""
         p = self.cfg.patch_size
         n = self.cfg.num_visual
         x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, 3, rows, p, columns, p)
         x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, 3)
         h = self.encoder(x.flatten(3).flatten(1, 2))  # (B, N, p*p*3) -> (B, N + num_queries, D)
-        if self.cfg.layout == "2d":
-            return h, None
         if self.cfg.layout == "1d":
-            return h[:, n:], None
+            return h[:, n:], h[:, :0]
         if self.cfg.layout == "post":
             return h, self.post_encoder(h)[:, n:]
         return h[:, :n], h[:, n:]
@@ -439,7 +432,7 @@ class Tokenizer(nn.Module):
         h_visual, h_prologue = self.hidden(images)
         q, codes, vq_loss = self.visual_quantizer(h_visual)
         onehot = None
-        if h_prologue is not None:
+        if self.cfg.num_prologue > 0:
             onehot, prologue_codes = self.prologue_quantizer(h_prologue)
             codes = torch.cat([prologue_codes, codes], 1)  # (B, K+N)
         elif direct_ce:
@@ -457,8 +450,7 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> codes (B, K+N) int64, prologue first, each counted from
-        0."""
+        """images (B, 3, H, W) in [-1, 1] -> codes (B, K+N) int64, each counted from 0."""
         return self.quantize(images)[1]
 
     @torch.no_grad()
@@ -489,8 +481,8 @@ class Tokenizer(nn.Module):
 
 @contextlib.contextmanager
 def writing(path):
-    """Yields a path to write to, which becomes `path` when the block ends without an error: there
-    is the old file or the new one, whole. Two runs into one folder do not share its name."""
+    """Yields a temporary path, of this process alone, which becomes `path` when the block ends
+    without an error: there is the old file or the new one, whole."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -545,6 +537,25 @@ def load_model(path, kind, build):
         model = build(cfg)
     model.load_state_dict(tensors, assign=True)
     return model.float().eval().requires_grad_(False)
+
+
+def load_state(path, fixed):
+    """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
+    All ranks do as the first: one that does not see its file says so."""
+    there = [path.exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(there)
+    if not there[0]:
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # torch would advise to unpickle freely
+        raise SystemExit(f"--resume: {path} is missing or is not a whole training state") from None
+    for name, value in fixed.items():
+        if state["fixed"][name] != value:
+            raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, this "
+                             f"run has {value}")
+    return state
 
 
 # Device and ranks

@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig, check_pair
 from pretokenize import save_grid, to_uint8, visited_images
-from tokenizer import (Tokenizer, TokenizerConfig, check_finite, compile_blocks, read_safetensors,
-                       setup, writing)
+from tokenizer import (Tokenizer, TokenizerConfig, check_finite, compile_blocks, load_state,
+                       read_safetensors, setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -86,22 +86,11 @@ def build_model(args, tokens, tokenizer):
     return ar
 
 
-def adamw_groups(module, betas, weight_decay):
-    """AdamW's parameter groups: weight decay on matrices only."""
-    matrices = [p for p in module.parameters() if p.ndim > 1]
-    vectors = [p for p in module.parameters() if p.ndim < 2]
-    return [dict(params=matrices, betas=betas, weight_decay=weight_decay),
-            dict(params=vectors, betas=betas, weight_decay=0.0)]
-
-
 def learning_rate(step, args):
-    """The learning rate at a step, which is counted from 1: linear warmup, --hold steps at --lr,
-    then linear decay to --min_lr over the steps that are left, if any are."""
-    if step <= args.warmup:
-        return args.lr * step / args.warmup
-    decay_steps = max(1, args.steps - args.warmup - args.hold)
-    done = (step - args.warmup - args.hold) / decay_steps
-    return args.lr + (args.min_lr - args.lr) * min(1, max(0, done))
+    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
+    flat = args.warmup + args.hold
+    ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
+    return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
 
 
 # Held-out measures and log
@@ -139,9 +128,8 @@ def report(entry, log, wandb_run):
     print(json.dumps(entry), file=log, flush=True)
     if wandb_run is not None:
         wandb_run.log(entry, step=entry["step"])
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
     with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print("  ".join(words), flush=True)
+        print("  ".join(f"{name} {value:.5g}" for name, value in entry.items()), flush=True)
 
 
 # The script
@@ -224,27 +212,22 @@ def main():
     # Model and optimizer
     torch.manual_seed(args.seed)
     ar = build_model(args, tokens, tokenizer).to(device)
-    groups = adamw_groups(ar, betas=(0.9, args.beta2), weight_decay=args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    matrices = [p for p in ar.parameters() if p.ndim > 1]  # weight decay falls on these only
+    vectors = [p for p in ar.parameters() if p.ndim < 2]
+    groups = [dict(params=matrices, weight_decay=args.weight_decay),
+              dict(params=vectors, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     if rank == 0:
         print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters", flush=True)
 
     # Resume
-    state_path = out / "train_ar.pt"
-    fixed = dict(ar=asdict(ar.cfg), codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
-                 beta2=args.beta2, weight_decay=args.weight_decay)
     start_step = 0
     log_size = 0
     lowest = (float("inf"), 0)  # held-out nats, and their step
-    go_on = [args.resume and state_path.exists()]
-    if world_size > 1:
-        dist.broadcast_object_list(go_on)  # a rank that does not see the file will say so
-    if go_on[0]:
-        state = torch.load(state_path, weights_only=True, map_location="cpu")
-        for name, value in fixed.items():
-            if state["fixed"][name] != value:
-                raise SystemExit(f"--resume: {state_path} was made with {name} "
-                                 f"{state['fixed'][name]}, this run has {value}")
+    fixed = dict(ar=asdict(ar.cfg), codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
+                 beta2=args.beta2, weight_decay=args.weight_decay)
+    state = load_state(out / "train_ar.pt", fixed) if args.resume else None
+    if state is not None:
         ar.load_state_dict(state["ar"])
         optimizer.load_state_dict(state["optimizer"])
         start_step = state["step"]
@@ -342,7 +325,7 @@ def main():
             ar.save(out / "ar.safetensors")
             state = dict(step=step, log_size=log.tell(), lowest=lowest, fixed=fixed,
                          ar=ar.state_dict(), optimizer=optimizer.state_dict())
-            with writing(state_path) as temporary:
+            with writing(out / "train_ar.pt") as temporary:
                 torch.save(state, temporary)
 
         # images_per_s is without the first step, which compiles, and without measures and saves

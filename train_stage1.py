@@ -55,10 +55,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, ARConfig
 from ar import SIZES as AR_SIZES
-from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, no_crop, psnr,
-                         random_crop, save_grid, to_float, to_uint8, visited_images)
+from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, psnr, random_crop,
+                         save_grid, to_float, to_uint8, visited_images)
 from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer, check_finite,
-                       compile_blocks, setup, writing)
+                       compile_blocks, load_state, setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
@@ -238,23 +238,11 @@ def build_tokenizer(args):
 # Optimization
 
 
-def adamw_groups(module, betas, weight_decay):
-    """AdamW's parameter groups of a module: weight decay falls on matrices only."""
-    trained = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.ndim > 1]
-    vectors = [p for p in trained if p.ndim < 2]
-    return [dict(params=matrices, betas=betas, weight_decay=weight_decay),
-            dict(params=vectors, betas=betas, weight_decay=0.0)]
-
-
 def learning_rate(step, args):
-    """The learning rate at a step, which is counted from 1: linear warmup, --hold steps at --lr,
-    then linear decay to --min_lr over the steps that are left, if any are."""
-    if step <= args.warmup:
-        return args.lr * step / args.warmup
-    decay_steps = max(1, args.steps - args.warmup - args.hold)
-    done = (step - args.warmup - args.hold) / decay_steps
-    return args.lr + (args.min_lr - args.lr) * min(1, max(0, done))
+    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
+    flat = args.warmup + args.hold
+    ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
+    return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
 
 
 @torch.no_grad()
@@ -267,11 +255,9 @@ def update_ema(ema, model, half_life):
 # Data and held-out measures
 
 
-def held_out_view(images, index, size, crop):
+def held_out_view(images, index, size):
     """The image without anything random: uint8 (3, size, size)."""
-    image = images.open(index)
-    view = no_crop(image, size) if crop == "none" else center_crop(image, size)
-    return view.transpose(2, 0, 1)
+    return center_crop(images.open(index), size).transpose(2, 0, 1)
 
 
 def training_view(images, visit, size, args):
@@ -282,22 +268,23 @@ def training_view(images, visit, size, args):
     if args.crop == "random":
         view = random_crop(images.open(index), size, rng).transpose(2, 0, 1)
     else:
-        view = held_out_view(images, index, size, args.crop)
+        view = held_out_view(images, index, size)
     if args.flip and rng.random() < 0.5:
         view = view[:, :, ::-1]
     return np.ascontiguousarray(view)
 
 
 @torch.no_grad()
-def evaluate(tokenizer, ar, images, args, device, autocast):
-    """Measures of --eval_images held-out images: a dict with PSNR in dB, L1, and for both codebooks
-    how many codes are used and their perplexity; with an AR model also nats per image and top-1
-    accuracy of each token group."""
+def evaluate(picture, tokenizer, ar, images, args, device, autocast):
+    """Measures of --eval_images held-out images: PSNR in dB, for both codebooks how many codes are
+    used and their perplexity, and with an AR model AR.measure. Sixteen of them go to the file
+    `picture`, each row above the row of its reconstructions."""
     cfg = tokenizer.cfg
     count = min(args.eval_images, len(images))
-    indices = torch.arange(count) * len(images) // count  # spread over all classes
+    indices = torch.arange(count) * len(images) // count  # spread over all classes, and mixed
+    indices = indices[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
     batches = [batch.tolist() for batch in indices.split(64)]
-    load = functools.partial(held_out_view, images, size=cfg.image_size, crop=args.crop)
+    load = functools.partial(held_out_view, images, size=cfg.image_size)
     sums = defaultdict(float)
     uses = defaultdict(int)  # of each code
     for chosen, batch in zip(batches, load_batches(load, batches, args.num_workers)):
@@ -305,35 +292,24 @@ def evaluate(tokenizer, ar, images, args, device, autocast):
         labels = images.labels[chosen] if args.onestage else torch.zeros(len(x)).long()
         with autocast:
             codes = tokenizer.encode(x)  # (B, K+N)
-            y = tokenizer.decode(codes)
+            y = to_uint8(tokenizer.decode(codes))  # (B, H, W, 3)
             measures = ar.measure(codes, labels.to(device)) if ar is not None else {}
-        measures["psnr"] = psnr(to_uint8(x), to_uint8(y))
-        measures["l1"] = (x - y).abs().mean((1, 2, 3))
+        x = to_uint8(x)
+        if chosen is batches[0]:
+            save_grid(picture, [x[:8], y[:8], x[8:16], y[8:16]])
+        measures["psnr"] = psnr(x, y)
         for name, values in measures.items():
-            sums[f"val_{name}"] += values.sum().item()
+            sums[f"val_{name}"] += values.sum().item() / count
         prologue, visual = codes.split([cfg.num_prologue, cfg.num_visual], 1)
         uses["visual"] += torch.bincount(visual.flatten(), minlength=cfg.codebook_size)
         if cfg.num_prologue > 0:
             size = cfg.prologue_codebook_size
             uses["prologue"] += torch.bincount(prologue.flatten(), minlength=size)
-    result = {name: value / count for name, value in sums.items()}
     for group, use in uses.items():
         entropy = torch.special.entr(use / use.sum()).sum()
-        result[f"val_usage_{group}"] = int((use > 0).sum())
-        result[f"val_perplexity_{group}"] = entropy.exp().item()
-    return result
-
-
-@torch.no_grad()
-def save_pictures(path, tokenizer, images, args, device, autocast):
-    """16 held-out images, each row above the row of its reconstructions."""
-    views = [held_out_view(images, i * len(images) // 16, tokenizer.cfg.image_size, args.crop)
-             for i in range(16)]
-    x = to_float(torch.from_numpy(np.stack(views)).to(device))
-    with autocast:
-        y = to_uint8(tokenizer.decode(tokenizer.encode(x)))
-    x = to_uint8(x)
-    save_grid(path, [x[:8], y[:8], x[8:], y[8:]])
+        sums[f"val_usage_{group}"] = int((use > 0).sum())
+        sums[f"val_perplexity_{group}"] = entropy.exp().item()
+    return sums
 
 
 def report(entry, log, wandb_run):
@@ -341,9 +317,8 @@ def report(entry, log, wandb_run):
     print(json.dumps(entry), file=log, flush=True)
     if wandb_run is not None:
         wandb_run.log(entry, step=entry["step"])
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
     with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print("  ".join(words), flush=True)
+        print("  ".join(f"{name} {value:.5g}" for name, value in entry.items()), flush=True)
 
 
 # The script
@@ -358,7 +333,7 @@ def parse_args():
     # Data
     flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
     flag("--val_data", help="held-out images; else the folder val beside train, else --data")
-    flag("--crop", default="center", choices=["none", "center", "random"], help="random is ADM's")
+    flag("--crop", default="center", choices=["center", "random"], help="random is ADM's")
     flag("--flip", action="store_true", help="mirror half of the images")
 
     # Tokenizer
@@ -430,7 +405,7 @@ def main():
 
     # Device, ranks, and this rank's share of a step, in one or more micro-batches
     rank, world_size, device, autocast = setup(args.device, args.dtype)
-    cuda = device.type == "cuda"
+    cuda = device.type == "cuda"  # where copies are asynchronous
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, but where exact_fp32 forbids it
     torch.backends.cudnn.benchmark = True
     per_rank = args.batch_size // world_size
@@ -467,30 +442,25 @@ def main():
         print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters", flush=True)
 
     # Optimizers. beta1 is 0 for the two players of the GAN: momentum would push a player on
-    # against an opponent that has moved meanwhile.
-    groups = adamw_groups(tokenizer, betas=(0.0, 0.99), weight_decay=0.0)
+    # against an opponent that has moved meanwhile. Weight decay falls on matrices only.
+    groups = [dict(params=tokenizer.parameters(), betas=(0.0, 0.99), weight_decay=0.0)]
     if ar is not None:
-        groups += adamw_groups(ar, betas=(0.9, 0.99), weight_decay=0.03)
+        matrices = [p for p in ar.parameters() if p.ndim > 1]
+        vectors = [p for p in ar.parameters() if p.ndim < 2]
+        groups.append(dict(params=matrices, betas=(0.9, 0.99), weight_decay=0.03))
+        groups.append(dict(params=vectors, betas=(0.9, 0.99), weight_decay=0.0))
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, fused=True),
                   torch.optim.AdamW(discriminator.parameters(), lr=args.lr, fused=True,
                                     betas=(0.0, 0.99), weight_decay=1e-4)]
 
     # Resume
-    state_path = out / "train_stage1.pt"
+    start_step = 0
+    log_size = 0
     parts = [stage1, ema, discriminator, *optimizers]
     fixed = dict(tokenizer=asdict(tokenizer.cfg), images=images.digest(), crop=args.crop,
                  flip=args.flip, batch_size=args.batch_size, seed=args.seed)
-    start_step = 0
-    log_size = 0
-    go_on = [args.resume and state_path.exists()]
-    if world_size > 1:
-        dist.broadcast_object_list(go_on)  # a rank that does not see the file will say so
-    if go_on[0]:
-        state = torch.load(state_path, weights_only=True, map_location="cpu")
-        for name, value in fixed.items():
-            if state["fixed"][name] != value:
-                raise SystemExit(f"--resume: {state_path} was made with {name} "
-                                 f"{state['fixed'][name]}, this run has {value}")
+    state = load_state(out / "train_stage1.pt", fixed) if args.resume else None
+    if state is not None:
         for part, saved in zip(parts, state["parts"]):
             part.load_state_dict(saved)
         start_step = state["step"]
@@ -610,21 +580,20 @@ def main():
         # Held-out measures and pictures
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
             with torch.compiler.set_stance("force_eager"):  # other batch sizes than the loop's
-                measures = evaluate(final, ar, val_images, args, device, autocast)
+                measures = evaluate(out / "train_stage1.png", final, ar, val_images, args, device,
+                                    autocast)
                 report({"step": step} | measures, log, wandb_run)
-                save_pictures(out / "train_stage1.png", final, val_images, args, device, autocast)
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
         if (step % args.save_every == 0 or step == args.steps) and rank == 0:
-            check_finite(f"step {step}", dict(stage1.named_parameters()))
-            check_finite(f"step {step}", dict(discriminator.named_parameters()))
+            check_finite(f"step {step}", dict(nn.ModuleList(parts[:3]).named_parameters()))
             final.save(out / "tokenizer.safetensors")
             if ar is not None:
                 ar.cfg.tokenizer = final.fingerprint() if args.onestage else ""
                 ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
             state = dict(step=step, log_size=log.tell(), fixed=fixed)
             state["parts"] = [part.state_dict() for part in parts]
-            with writing(state_path) as temporary:
+            with writing(out / "train_stage1.pt") as temporary:
                 torch.save(state, temporary)
 
         # images_per_s is without the first step, which compiles, and without measures and saves

@@ -1,43 +1,14 @@
 #!/usr/bin/env bash
-# Table A1: one factor at a time away from Prologue B-B. Each row has a tokenizer and an AR-B of its
-# own, in the folder of its name. ONLY="k4 tau1" takes some of the rows; flags given here go to
-# stage 1, those in AR_FLAGS to stage 2. The table's other rows are ar_b_b, ar_post and
-# prologue_onestage.
+# Table A1, or the rows that are named: a tokenizer and an AR-B of its own for each, in $RUNS/ROW.
+# The table's other rows are prologue_b, post, onestage in stage1.sh and b_b, post in ar.sh.
+# STAGE1_FLAGS and AR_FLAGS go to the trainers.
 #
-# Both stages are as in prologue_b.sh and ar_b_b.sh, where it says what the authors' script has.
-set -e
-cd "$(dirname "$0")/.."
-source recipes/common.sh
+#   recipes/ablations.sh l_b_vgg l_b_16k direct_{1d,2d}_{0.03,0.1,0.3,1,3}      # Table A2, Fig. 5
+source "$(dirname "$0")/common.sh"
+[[ $# -gt 0 ]] || set -- p256 p4096 k4 k64 tau001 tau1 ce1 ce6 drop0 drop1
 
-given=("$@")
-row() {  # name, then the flags that differ
-    local name=$1
-    shift
-    [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0
-
-    $LAUNCH train_stage1.py --out "$RUNS/$name" --data "$DATA/train" --compile \
-        --size B --layout prologue --crop random --flip \
-        --tau 0.1 --ar_size S --ce_weight 3 --visual_dropout 0.5 \
-        --perceptual vgg --gan_weight 0.1 --gan_channels 64 --lecam_weight 0.001 \
-        --r1_weight 0.01 --r1_every 25 \
-        --steps 750000 --batch_size 256 --lr 1e-4 --min_lr 3e-5 --warmup 20000 --hold 100000 \
-        --ema_half_life 1000 --log_every 100 --eval_every 5000 --save_every 5000 \
-        "$@" "${given[@]}"
-    tokens "$name"
-    $LAUNCH train_ar.py --out "$RUNS/$name" --compile \
-        --size B --dropout 0.1 --class_dropout 0.1 \
-        --steps 1000000 --batch_size 512 --lr 2e-4 --min_lr 5e-5 --warmup 62500 --hold 0 \
-        --beta2 0.96 --weight_decay 0.03 --grad_clip 1 \
-        --log_every 100 --eval_every 5000 --save_every 5000 $AR_FLAGS
-}
-
-row p256   --prologue_codebook_size 256
-row p4096  --prologue_codebook_size 4096
-row k4     --num_prologue 4
-row k64    --num_prologue 64
-row tau001 --tau 0.01
-row tau1   --tau 1
-row ce1    --ce_weight 1
-row ce6    --ce_weight 6
-row drop0  --visual_dropout 0
-row drop1  --visual_dropout 1
+# shellcheck disable=SC2086  # several flags
+for row in "$@"; do
+    "$ROOT/recipes/stage1.sh" "$row" $STAGE1_FLAGS
+    "$ROOT/recipes/ar.sh" "$row" $AR_FLAGS
+done
