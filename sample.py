@@ -86,6 +86,15 @@ def preset_settings(name, no_cfg=False):
                 temperature_prologue=temperature_prologue, temperature=temperature)
 
 
+def pair_folder(pair, out):
+    """The folder of a pair: --pair, else --out, else out; the shipped one if nothing is named and
+    nothing is in out."""
+    folder = Path(pair or out or "out")
+    if not (pair or out or (folder / "ar.safetensors").exists()):
+        return SHIPPED
+    return folder
+
+
 def load_pair(tokenizer_path, ar_path, device):
     """Tokenizer and AR model, which must belong together."""
     tokenizer = Tokenizer.load(tokenizer_path).to(device)
@@ -268,9 +277,7 @@ def parse_args():
 @torch.no_grad()
 def main():
     args = parse_args()
-    folder = Path(args.pair or args.out or "out")
-    if not (args.pair or args.out or (folder / "ar.safetensors").exists()):
-        folder = SHIPPED
+    folder = pair_folder(args.pair, args.out)
     args.out = args.out or "out"
     out = Path(args.out)
     rank, world_size, device, autocast = setup(args.device, args.dtype, timeout_hours=12)
