@@ -103,15 +103,17 @@ def open_zip(archive):
 
 
 def list_folder(folder):
-    """Paths of all files below a folder, relative to it; linked folders are followed once."""
-    names = []
+    """Paths of all files below a folder; a linked folder is followed, once."""
+    paths = []
     seen = set()
-    for parent, _, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
-        if real not in seen:
-            names += [os.path.relpath(os.path.join(parent, file), folder) for file in files]
+        if real in seen:
+            folders.clear()  # a loop
+        else:
+            paths += [os.path.join(parent, file) for file in files]
         seen.add(real)
-    return names
+    return paths
 
 
 class Images:
@@ -133,8 +135,9 @@ class Images:
                 raise SystemExit(f"{path} is a dataset of StyleGAN, whose classes are in its "
                                  "dataset.json: sort its images into a folder for each class")
         elif self.path.is_dir():
-            found = {name.replace(os.sep, "/"): os.path.join(path, name)
-                     for name in list_folder(path)}
+            root = os.path.join(path, "")
+            found = {place.removeprefix(root).replace(os.sep, "/"): place
+                     for place in list_folder(path)}
         else:
             raise SystemExit(f"{path} is no folder, no zip file and no path into a zip file")
         self.names = sorted(name for name in found if is_image(name))

@@ -86,7 +86,7 @@ def preset_settings(name, no_cfg=False):
                 temperature_prologue=temperature_prologue, temperature=temperature)
 
 
-def pair_folder(pair, out):
+def pair_folder(pair, out=None):
     """The folder of a pair: --pair, else --out, else out; the shipped one if nothing is named and
     nothing is in out."""
     folder = Path(pair or out or "out")

@@ -1,13 +1,11 @@
 """The scripts on a GPU against the same scripts on the CPU, all in one process: `python -m pytest
 tests/test_gpu.py`. TEST_DEVICE=cpu puts the CPU in the GPU's place.
 
-Products on a GPU are in TF32 and sums in another order, so numbers agree to about three digits,
-and a draw that was nearly a tie may give another code.
+Products on a GPU are in TF32 and sums in another order, and a draw that was nearly a tie may give
+another code. The tolerances are twice what CPU runs with operands rounded to TF32 differ by.
 """
 
-import contextlib
 import functools
-import io
 import json
 import os
 import sys
@@ -18,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
 
@@ -33,7 +30,6 @@ import train_stage1
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
                                 reason="torch finds no CUDA here")
-
 TEMPORARY = tempfile.TemporaryDirectory()  # gone when the tests end
 IMAGES = ["--data", pretokenize.BUNDLED / "val", "--val_data", pretokenize.BUNDLED / "val"]
 # A low rate, because AdamW's first step is the sign of the gradient: there roundings grow
@@ -64,20 +60,17 @@ def wide_networks_and_r1_in_every_second_step():
 
 
 def run(script, *args):
-    """Calls main as in a process of its own, and returns what it printed."""
+    """Calls main as in a process of its own."""
     torch.compiler.reset()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
-    output = io.TextIOWrapper(io.BytesIO(), "utf-8")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__name__, *map(str, args)])
         script.main()
-    output.seek(0)
-    return output.read()
 
 
 def train(script, out, *args):
-    """The losses of three steps, of which the last is a resumed run's."""
+    """First gradient and losses of three steps, of which the last is a resumed run's."""
     log = out / f"{script.__name__}.jsonl"
     text = ""
     for steps in (2, 3):
@@ -85,8 +78,8 @@ def train(script, out, *args):
         assert log.read_text().startswith(text)  # its times as well: no step was made again
         text = log.read_text()
     lines = [json.loads(line) for line in text.splitlines() if "images_per_s" in line]
-    names = [name for name in ("l1", "vq", "gan", "ce", "r1", "discriminator") if name in lines[0]]
-    return [[line[name] for name in names] for line in lines]
+    names = {"l1", "vq", "gan", "ce", "r1", "discriminator"} & set(lines[0])
+    return [lines[0]["grad_norm"]] + [line[name] for line in lines for name in sorted(names)]
 
 
 @functools.cache
@@ -99,16 +92,12 @@ def stage1(layout, *flags):
     return out, train(train_stage1, out, *args)
 
 
-@pytest.mark.parametrize("layout, flags", [
-    *[(layout, FP32) for layout in LAYOUTS],
-    ("prologue", (*FP32, "--compile")),
-    ("prologue", BF16),
-    ("wide", (*BF16, "--compile")),
-])
+@pytest.mark.parametrize("layout, flags", [(layout, FP32) for layout in LAYOUTS] + [
+    ("prologue", (*FP32, "--compile")), ("prologue", BF16), ("wide", (*BF16, "--compile"))])
 def test_stage_1_has_the_losses_of_the_cpu(layout, flags):
     _, found = stage1(layout, *flags)
     _, expected = stage1(layout, "--device", "cpu")
-    np.testing.assert_allclose(found, expected, rtol=4e-2 if "bf16" in flags else 5e-3, atol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=8e-2 if "bf16" in flags else 2e-2, atol=1e-4)
 
 
 def test_stage_2_has_the_codes_and_losses_of_the_cpu():
@@ -123,35 +112,26 @@ def test_stage_2_has_the_codes_and_losses_of_the_cpu():
     cpu = train(train_ar, out / "cpu", *args, "--device", "cpu")
     fp32 = train(train_ar, out / "fp32", *args, *FP32, *PARTS)
     bf16 = train(train_ar, out / "bf16", *args, *BF16, "--compile")
-    np.testing.assert_allclose(fp32, cpu, rtol=2e-3)
-    np.testing.assert_allclose(bf16, cpu, rtol=2e-2)
+    np.testing.assert_allclose(fp32, cpu, rtol=1e-2)
+    np.testing.assert_allclose(bf16, cpu, rtol=3e-2)
 
 
 def test_one_rank_of_ddp_has_the_gradients_of_none():
-    """With compiled blocks of over 1 MiB; on a GPU by NCCL."""
-    torch.manual_seed(0)
-    cfg = tokenizer.TokenizerConfig(**tokenizer.SIZES["wide"])
-    joint_ar = ar.AR(ar.ARConfig.for_tokenizer(cfg, num_classes=0, **ar.SIZES["wide"]))
-    model = train_stage1.Stage1(tokenizer.Tokenizer(cfg), joint_ar, ce_weight=3.0).to(DEVICE)
-    images = torch.rand(4, 3, 28, 28, device=DEVICE) * 2 - 1
-    labels = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    """Of compiled blocks of over 1 MiB; on a GPU by NCCL."""
+    model = tokenizer.Transformer(2, 768, 64, 8 / 3, bias=True).to(DEVICE)
+    x = torch.randn(4, 8, 768, device=DEVICE)
 
     def gradient(forward):
         model.zero_grad()
-        y, vq, ce = forward(images, labels, labels == 1)
-        (F.l1_loss(y, images) + vq + ce).backward()
+        forward(x, x[0, :, :32]).square().sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     expected = gradient(model)
     tokenizer.compile_blocks(model)
-    backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     found = gradient(torch.nn.parallel.DistributedDataParallel(model))
-    gan = train_stage1.Discriminator(4).to(DEVICE)
-    loss, _ = train_stage1.discriminator_loss(gan, images, images, with_r1=True, share=1)
     dist.destroy_process_group()
-    assert loss.isfinite()
-    assert (found - expected).norm() < 1e-2 * expected.norm()
+    assert (found - expected).norm() < 5e-3 * expected.norm()
 
 
 @functools.cache
@@ -172,19 +152,19 @@ def test_samples_are_those_of_the_cpu(flags, share):
     assert (np.abs(cpu - gpu).mean((1, 2, 3)) < 1).mean() > share
 
 
-def test_fid_has_the_numbers_of_the_cpu():
-    command = [fid, samples("--device", "cpu"), pretokenize.BUNDLED / "val", "--json", "--device"]
-    gpu = json.loads(run(*command, DEVICE))
-    for name, value in json.loads(run(*command, "cpu")).items():
-        if isinstance(value, float):
-            assert gpu[name] == pytest.approx(value, rel=5e-3), name
+def test_fid_has_the_numbers_of_the_cpu(capsys):
+    scores = []
+    for device in ("cpu", DEVICE):
+        run(fid, samples("--device", "cpu"), pretokenize.BUNDLED / "val", "--json", "--device",
+            device)
+        scores.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    for name in ("fid", "inception_score", "precision", "recall", "class_consistency"):
+        assert scores[1][name] == pytest.approx(scores[0][name], rel=5e-3), name
 
 
 @pytest.mark.skipif(tokenizer.flash_attn_func is None, reason="flash-attn is not installed")
-@pytest.mark.parametrize("causal", [False, True])
-def test_flash_attn_is_the_attention_of_torch(causal, monkeypatch):
+def test_flash_attn_is_the_attention_of_torch(monkeypatch):
     q, k, v = torch.randn(3, 2, 65, 4, 64, device=DEVICE, dtype=torch.bfloat16)
-    flash = tokenizer.attention(q, k, v, causal)
+    flash = tokenizer.attention(q, k, v, causal=True)
     monkeypatch.setattr(tokenizer, "flash_attn_func", None)
-    expected = tokenizer.attention(q, k, v, causal)
-    torch.testing.assert_close(flash, expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(flash, tokenizer.attention(q, k, v, True), rtol=2e-2, atol=2e-2)

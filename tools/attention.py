@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tokenizer as tokenizer_file
 from pretokenize import BUNDLED, Images, center_crop, to_float, to_uint8
-from sample import SHIPPED, class_numbers, default_preset, draw, load_pair, preset_settings
+from sample import (class_numbers, default_preset, draw, load_pair, pair_folder,
+                    preset_settings)
 from tokenizer import writing
 
 
@@ -117,9 +118,7 @@ def main():
     flag("--seed", type=int, default=0, help="of the noise of the drawn images")
     args = parser.parse_args()
     out = Path(args.out)
-    pair = Path(args.pair or "out")
-    if args.pair is None and not (pair / "ar.safetensors").exists():
-        pair = SHIPPED
+    pair = pair_folder(args.pair)
     tokenizer, ar = load_pair(pair / "tokenizer.safetensors", pair / "ar.safetensors", "cpu")
     num_prologue = ar.cfg.num_prologue
 

@@ -40,7 +40,7 @@ from tokenizer import SIZES, Tokenizer, TokenizerConfig, attention, save_checkpo
 
 def measure_steps(args):
     """An iterator for a loop of steps: one that compiles, an eager one that counts FLOPs, one more,
-    then those that are timed, and with --profile another three. Leaves seconds and flops in args.
+    then those that are timed, and with --profile another. Leaves seconds and flops in args.
     """
     yield
     torch.compiler.set_stance("force_eager")
@@ -60,8 +60,6 @@ def measure_steps(args):
     args.seconds = (time.perf_counter() - start) / args.repeat
     if args.profile:
         with torch.profiler.profile() as profiler:
-            yield
-            yield
             yield
         print(profiler.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=25,
                                             max_name_column_width=80))
@@ -106,7 +104,6 @@ def bench_ar(args, folder):
     cfg = TokenizerConfig(**SIZES.get(args.size, SIZES["B"]))
     tokenizer = Tokenizer(cfg)
     tokenizer.save(folder / "tokenizer.safetensors")
-    # Codes that both codebooks have
     codes = torch.randint(cfg.prologue_codebook_size, (256, 1, cfg.num_prologue + cfg.num_visual))
     tensors = dict(codes=codes.to(torch.uint16), labels=torch.randint(1000, (256,)))
     about = dict(tokenizer=vars(cfg), fingerprint=tokenizer.fingerprint(), digest="",

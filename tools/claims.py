@@ -13,7 +13,6 @@ of another seed against the 10,000 bundled training images. It goes on where it 
 
 import argparse
 import json
-import math
 import os
 import subprocess
 import sys
@@ -191,7 +190,7 @@ def report(out):
         base = "2d" if "--no_classes" in row.ar_flags else "2d, classes"
         gfids = {cell["seed"]: cell["gfid"] for cell in cells if cell["row"] == base}
         for cell in of_row:
-            cell["share"] = cell["gfid"] / gfids.get(cell["seed"], math.nan)
+            cell["share"] = cell["gfid"] / gfids.get(cell["seed"], np.nan)
         seeds = ", ".join(str(cell["seed"]) for cell in of_row)
         texts = [column_text(of_row, key) for key in COLUMNS.values()]
         print(f"| {name} | {seeds} | {' | '.join(texts)} |")

@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretokenize import center_crop, to_float
-from sample import (SHIPPED, decode, default_preset, draw, load_pair, pack_for_cpu,
+from sample import (decode, default_preset, draw, load_pair, pack_for_cpu, pair_folder,
                     preset_settings)
 from tokenizer import setup
 
@@ -92,8 +92,7 @@ def build_page(buttons, settings):
     cfg = buttons.tokenizer.cfg
     k = cfg.num_prologue
     with gradio.Blocks(title="Prologue") as page:
-        gradio.Markdown("# Prologue\nAn image is *[prologue tokens] + [visual tokens]*. Draw, keep "
-                        "a prologue, change one token.")
+        gradio.Markdown("# Prologue\nAn image is *[prologue tokens] + [visual tokens]*.")
         prologue = gradio.State()
         with gradio.Row():
             label = gradio.Dropdown(buttons.names, value=buttons.names[0], label="class")
@@ -143,9 +142,7 @@ def main():
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = setup(args.device)[2]
-    pair = Path(args.pair or "out")
-    if args.pair is None and not (pair / "ar.safetensors").exists():
-        pair = SHIPPED
+    pair = pair_folder(args.pair)
     tokenizer, ar = load_pair(pair / "tokenizer.safetensors", pair / "ar.safetensors", device)
     if device.type == "cpu":
         pack_for_cpu(ar)

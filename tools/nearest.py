@@ -13,7 +13,6 @@ compares with what that makes of the images. Pixels miss copies that are mirrore
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -106,12 +105,10 @@ def main():
 
     # Picture
     rows = []
-    for i in range(0, count, math.ceil(count / 10)):
+    for i in range(0, count, count // 10 + 1):
         crops = [center_crop(images.open(number), size) for number in neighbours[i]]
         rows.append(np.stack([chosen[i], *crops]))
-    path = Path(args.samples).with_name("nearest.png")
-    save_grid(path, rows)
-    print(path)
+    save_grid(Path(args.samples).with_name("nearest.png"), rows)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fid
 from ar import SCHEDULES
-from sample import PRESETS, SHIPPED, decode, default_preset, draw, load_pair, preset_settings
+from sample import (PRESETS, decode, default_preset, draw, load_pair, pair_folder,
+                    preset_settings)
 from tokenizer import setup, writing
 
 # What can be swept: keyword arguments of AR.generate
@@ -88,9 +89,7 @@ def main():
     args = parser.parse_args()
     axes = read_axes(args.axes)
     out = Path(args.out)
-    pair = Path(args.pair or "out")
-    if args.pair is None and not (pair / "ar.safetensors").exists():
-        pair = SHIPPED
+    pair = pair_folder(args.pair)
     _, _, device, _ = setup(args.device)
     tokenizer, ar = load_pair(pair / "tokenizer.safetensors", pair / "ar.safetensors", device)
     preset = args.preset or default_preset(ar)
