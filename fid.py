@@ -17,6 +17,7 @@ import json
 import os
 import random
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -137,24 +138,10 @@ def feature_network(name, size, inception, device):
 # Statistics of features
 
 
-class Moments:
-    """Mean (d,) and covariance (d, d) of feature rows that come in batches, summed in float64."""
-
-    def __init__(self):
-        self.count = 0
-        self.sum = 0
-        self.outer = 0  # (d, d), sum of the outer products x x^T
-
-    def add(self, x):
-        x = x.cpu().double()  # (B, d)
-        self.count += len(x)
-        self.sum += x.sum(0)
-        self.outer += x.T @ x
-
-    def result(self):
-        mu = self.sum / self.count
-        sigma = (self.outer - self.count * torch.outer(mu, mu)) / (self.count - 1)
-        return mu.numpy(), sigma.numpy()
+def moments(x):
+    """Mean (d,) and covariance (d, d) of features (N, d), in float64."""
+    x = x.double()
+    return x.mean(0).numpy(), x.T.cov().numpy()
 
 
 def inception_score(p, split=5000):
@@ -175,21 +162,15 @@ def extract(network, batches, device, total=None, title=None):
     Returns "pool" and, from Inception, "spatial": (mu, sigma); "inception_score"; "features": pool
     (N, d) float32; "predicted": likeliest class of each image (N,).
     """
-    moments = {}
-    features = []
-    probabilities = []
+    outputs = defaultdict(list)
     for images in tqdm(batches, desc=title, total=total, unit="batch"):
-        output = network(images.to(device))
-        for name in ("pool", "spatial"):
-            if name in output:
-                moments.setdefault(name, Moments()).add(output[name])
-        features.append(output["pool"].float().cpu())  # (B, d)
-        probabilities.append(output["probabilities"].cpu())  # (B, classes)
-    probabilities = torch.cat(probabilities)
-    result = {name: moment.result() for name, moment in moments.items()}
-    result["inception_score"] = inception_score(probabilities)
-    result["features"] = torch.cat(features)
-    result["predicted"] = probabilities.argmax(1)
+        for name, rows in network(images.to(device)).items():
+            outputs[name].append(rows.float().cpu())
+    outputs = {name: torch.cat(rows) for name, rows in outputs.items()}
+    result = {name: moments(outputs[name]) for name in ("pool", "spatial") if name in outputs}
+    result["inception_score"] = inception_score(outputs["probabilities"])
+    result["features"] = outputs["pool"]
+    result["predicted"] = outputs["probabilities"].argmax(1)
     return result
 
 
@@ -209,18 +190,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, float(distance))
 
 
-def squared_distances(a, b):
-    """(n, d), (m, d) -> (n, m)"""
-    squares = a.square().sum(1)[:, None] + b.square().sum(1)  # (n, m)
-    return torch.addmm(squares, a, b.T, alpha=-2).clamp_min_(0)
-
-
-def neighbour_distances(points, k, block):
-    """Squared distance of each point (n, d) to its k-th nearest neighbour, (n,)."""
+def radii(points, k, block):
+    """Distance of each point (n, d) to its k-th nearest neighbour, (n,)."""
     k = min(k + 1, len(points))  # the nearest is the point itself
-    radii = [squared_distances(rows, points).topk(k, largest=False).values[:, -1]
-             for rows in points.split(block)]
-    return torch.cat(radii)
+    return torch.cat([torch.cdist(rows, points).topk(k, largest=False).values[:, -1]
+                      for rows in points.split(block)])
 
 
 def precision_recall(samples, reference, k=3, block=1000):
@@ -231,15 +205,15 @@ def precision_recall(samples, reference, k=3, block=1000):
     manifold of the reference, recall the share of reference images in that of the samples.
     Source: https://arxiv.org/abs/1904.06991
     """
-    sample_radius = neighbour_distances(samples, k, block)  # (n,)
-    reference_radius = neighbour_distances(reference, k, block)  # (m,)
+    sample_radii = radii(samples, k, block)  # (n,)
+    reference_radii = radii(reference, k, block)  # (m,)
     precise = []
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     # In blocks of samples: all n x m distances at once would not fit in memory.
-    for rows, radius in zip(samples.split(block), sample_radius.split(block)):
-        distances = squared_distances(rows, reference)  # (block, m)
-        precise.append((distances <= reference_radius).any(1))
-        recalled |= (distances <= radius[:, None]).any(0)
+    for rows, own in zip(samples.split(block), sample_radii.split(block)):
+        distances = torch.cdist(rows, reference)  # (block, m)
+        precise.append((distances <= reference_radii).any(1))
+        recalled |= (distances <= own[:, None]).any(0)
     return torch.cat(precise).float().mean().item(), recalled.float().mean().item()
 
 

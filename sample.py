@@ -325,6 +325,7 @@ def main():
                 images.append(decode(tokenizer, codes, batch_size))
         images = torch.cat(images).numpy()
         if world_size > 1:
+            out.mkdir(parents=True, exist_ok=True)
             parts = [out / f".samples{i}.npy" for i in range(world_size)]
             np.save(parts[rank], images)
             dist.barrier()

@@ -1,0 +1,170 @@
+"""What people's real files and machines do: odd pictures, folders, zips and names, bad input."""
+
+import io
+import os
+import resource
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from test_scripts import ROOT, STEPS, call, copies, pipeline, refusal, trainer
+
+from pretokenize import Images, center_crop, open_image
+from tokenizer import read_safetensors, save_checkpoint
+
+SHOE = (ROOT / "results" / "shoe.png").read_bytes()  # 28 x 28
+TABLE = "ImageId,PredictionString\na,n2 1 2 3 4 n2 5 6 7 8\nb,n1 1 2 3 4\n"  # as Kaggle's
+
+
+def files(root, *names):
+    """Writes a picture under each name, or a table, below a folder or into a zip."""
+    for name in names:
+        content = TABLE.encode() if name.endswith(".csv") else SHOE
+        if root.suffix == ".zip":
+            with zipfile.ZipFile(root, "a") as archive:
+                archive.writestr(name, content)
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+    return root
+
+
+def test_pixels_are_those_that_a_viewer_shows(tmp_path):
+    def pixels(image, file, **how):
+        image.save(tmp_path / file, **how)
+        return np.asarray(open_image(file, tmp_path / file))
+
+    photo = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    assert np.array_equal(pixels(photo, "turned.png", exif=exif), np.rot90(photo, -1))
+    assert (pixels(Image.new("RGBA", (2, 2), (200, 0, 0, 0)), "rgba.png") == 255).all()
+    assert (pixels(Image.new("LA", (2, 2), (50, 0)), "la.png") == 255).all()
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([200, 0, 0])
+    assert (pixels(palette, "clear.png", transparency=0) == 255).all()
+    deep = Image.fromarray(np.full((2, 2), 40_000, np.uint16))
+    assert (pixels(deep, "deep.png") == 40_000 // 256).all()
+    text = PngInfo()
+    text.add_text("comment", 2_000_000 * "x", zip=True)
+    assert (pixels(Image.new("L", (2, 2), 7), "text.png", pnginfo=text) == 7).all()
+    for mode in ("F", "I"):
+        with pytest.raises(SystemExit, match=f"{mode}.tiff holds floats or 32-bit integers"):
+            pixels(Image.new(mode, (2, 2)), f"{mode}.tiff")
+
+
+def test_a_banner_is_cut_in_little_memory():
+    banner = Image.new("RGB", (8000, 2), "blue")
+    banner.paste("red", (3990, 0, 4010, 2))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, before[1]))
+    try:
+        assert (center_crop(banner, 256) == np.full((256, 256, 3), (255, 0, 0))).all()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("end", ["", ".zip"])
+def test_what_counts_as_an_image_and_as_a_class(tmp_path, end):
+    mine = files(tmp_path / f"mine{end}", "cat/1.jfif", "cat/.2.png", "cat/._1.png", "dog/1.txt",
+                 "dog/1.PNG", "dog/sub/2.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png")
+    assert Images(mine).names == ["cat/1.jfif", "dog/1.PNG", "dog/sub/2.png"]
+    assert Images(mine).classes == ["cat", "dog"]
+    data = files(tmp_path / f"kaggle{end}", "LOC_val_solution.csv", "Data/val/a.JPEG",
+                 "Data/val/b.JPEG", "Data/train/n1/n1_1.JPEG", "Data/test/test_1.JPEG") / "Data"
+    assert Images(data / "val").classes == ["n1", "n2"]
+    assert Images(data / "val").labels.tolist() == [1, 0]
+    assert len(Images(data / "train" / "n1").classes) == len(Images(data / "test").classes) == 1
+
+
+def test_odd_entries_of_zips_and_folders(tmp_path):
+    names = ["mine\\train\\cat\\1.png", "/mine/train/dog/1.png", "./mine/train/emu/1.png"]
+    images = Images(files(tmp_path / "windows.zip", *names) / "mine" / "train")
+    assert images.names == ["cat/1.png", "dog/1.png", "emu/1.png"]
+    assert [images.open(i).size for i in range(3)] == 3 * [(28, 28)]
+    mine = files(tmp_path / "mine", "cat/1.png", "dog/1.png")
+    (mine / "cat" / "loop").symlink_to(mine)
+    assert Images(mine).names == ["cat/1.png", "dog/1.png"]
+    os.mkfifo(mine / "cat" / "pipe.png")
+    ((code, text),) = copies(1, "sample", "--pair", pipeline(), "--data", mine, "--out", tmp_path)
+    assert code == 1 and "pipe.png is no regular file" in text  # and not the alarm
+
+
+def test_classes_in_any_script_on_any_terminal(tmp_path, monkeypatch):
+    apart, whole, latin1 = "cafe\u0301", "caf\u00e9", os.fsdecode(b"gar\xe7on")  # not UTF-8
+    for split, cafe in (("train", apart), ("val", whole)):
+        files(tmp_path / split, f"{cafe}/1.png", f"{latin1}/1.png", f"{latin1}/2.png", "猫/1.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    data = ["--data", tmp_path / "train", "--out", tmp_path / "out"]
+    call("train_stage1", *data, "--steps", 1, "--batch_size", 2, "--onestage")
+    call("pretokenize", *data)
+    call("sample", *data, "--num_samples", 3, "--columns", 1, "--classes", apart, "猫")
+    assert (tmp_path / "out" / "samples.npz").exists()
+    assert rb"a row each of 0 caf\xe9, 2 \u732b" in terminal.buffer.getvalue()
+
+
+def test_images_replaced_under_their_names_are_noticed(tmp_path):
+    mine = files(tmp_path / "mine", "cat/1.png", "cat/2.png")
+    words = [*trainer("train_stage1", tmp_path / "out"), "--data", mine]
+    call(*words, "--steps", 1)
+    before = Images(mine).digest()  # which names the parts of unfinished tokens
+    Image.new("L", (28, 28)).save(mine / "cat" / "1.png")
+    assert Images(mine).digest() != before
+    assert "was made with images" in refusal(*words, "--resume")
+
+
+def test_what_other_machines_leave(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # without the rest of what torchrun sets
+    seed = ["--seed", 1_795_684_812_123_456_789]  # date +%s%N
+    call(*trainer("train_stage1", tmp_path), *seed, "--steps", 1)
+    call(*trainer("train_ar", tmp_path), *seed, "--steps", 1, "--out", tmp_path / "tuned")
+    few = ["--num_samples", 2, "--columns", 1]
+    call("sample", "--out", tmp_path / "tuned", *seed, *few)  # has a copy of the tokenizer
+    tensors, cfg = read_safetensors(tmp_path / "tuned" / "ar.safetensors", "ar")
+    tensors = {name: tensor.half() for name, tensor in tensors.items()}
+    save_checkpoint(tmp_path / "half.safetensors", "ar", tensors, cfg)
+    call("sample", "--pair", pipeline(), "--ar", tmp_path / "half.safetensors", *few, "--out",
+         tmp_path / "half")
+    assert len(list(tmp_path.glob("*/samples.npz"))) == 2
+
+
+def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
+    pair = pipeline()
+    made = tmp_path / "made"
+    cow = files(made / "cow", "cow/1.png")
+    half = files(made / "broken", "cat/half.png") / "cat" / "half.png"
+    half.write_bytes(SHOE[:500])
+    np.savez(made / "large.npz", np.zeros((4, 32, 32, 3), np.uint8))
+    other = ["--tokenizer", ROOT / "checkpoints" / "fashion_mnist" / "tokenizer.safetensors"]
+    out = ["--out", tmp_path / "out"]
+    draw = ["sample", "--pair", pair, *out]
+    stage1 = ["train_stage1", *STEPS, *out, "--data"]
+    for sentence, *words in [
+        ("nowhere is no folder, no zip file", *stage1, "nowhere"),
+        ("notes.zip holds no images", *stage1, files(made / "notes.zip", "notes.csv")),
+        ("a dataset of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
+        ("1.png beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
+        ("give --data", *stage1, files(made / "parent.zip", "train/cat/1.png", "val/cat/1.png")),
+        ("half.png cannot be read as an image", *stage1, made / "broken"),
+        ("28 is not a multiple of the patch size 5", *stage1, cow, "--patch_size", 5),
+        ("does not divide into 1 ranks", *stage1, cow, "--micro_batch_size", 3),
+        ("cat is in one of them only", "pretokenize", *other, *out, "--data", cow, "--val_data",
+         made / "broken"),
+        ("was made by another tokenizer", *trainer("train_ar", tmp_path / "out"), *other),
+        ("codes of another tokenizer", *draw, *other),
+        ("half.png, which train_ar.py makes", *draw, "--ar", half),
+        ("which train_stage1.py makes", "sample", "--out", tmp_path / "mnie"),
+        ("--classes 7: a number from 0 to 1", *draw, "--classes", 7),
+        ("half.png cannot be read as an image", *draw, "--image", half),
+        ("nothing.npz does not exist", "fid", "nothing.npz"),
+        ("images to compare with are needed", "fid", made / "large.npz"),
+        ("large.npz is 32 x 32 and not 28 x 28", "fid", pair / "samples.npz", made / "large.npz"),
+    ]:
+        said = refusal(*words)
+        assert sentence in said and "\n" not in said
+        assert list(tmp_path.iterdir()) == [made]
