@@ -335,8 +335,8 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         ordered = ordered.masked_fill(before >= top_p, 0)  # the likeliest code always stays
         p = torch.zeros_like(p).scatter(-1, index, ordered)
     cdf = p.cumsum(-1)
-    # The factor keeps the threshold below the sum, where rounding could make it reach a code of
-    # probability 0.
+    # The factor keeps the threshold below the sum, where rounding (a GPU's cumsum need not be
+    # monotone) could make it reach a code of probability 0.
     threshold = u[:, None] * cdf[:, -1:] * (1 - 1e-6)
     codes = torch.searchsorted(cdf, threshold, right=True)[:, 0]
     return codes.clamp(max=logits.shape[-1] - 1)  # beyond the end only where logits are NaN

@@ -44,10 +44,9 @@ def image_batches(path, batch_size, size=None, crop=False):
             raise SystemExit(f"{name} is {shape[1]} x {shape[0]} and not {size[1]} x {size[0]} as "
                              "others are; --crop brings a reference to the samples' size")
 
-    npz = open_npz(path)
-    if "arr_0" in npz:
-        array = npz["arr_0"]
-        if array.dtype != np.uint8 or array.shape[3:] != (3,):
+    if str(path).endswith(".npz"):
+        array = open_npz(path).get("arr_0")
+        if array is None or array.dtype != np.uint8 or array.shape[3:] != (3,):
             raise SystemExit(f"{path}: arr_0 should be images as uint8 of shape (N, H, W, 3)")
         check(array.shape[1:3], path)
         return len(array), array.shape[1:3], iter(torch.from_numpy(array).split(batch_size))

@@ -398,6 +398,8 @@ def main():
     # the one with the most parts left.
     rank, world_size, device, _ = setup(args.device, timeout_hours=12)
     tokenizer = Tokenizer.load(args.tokenizer or out / "tokenizer.safetensors").to(device)
+    if tokenizer.cfg.codebook_size > 2**16:
+        raise SystemExit("a token file holds codes below 65,536: the visual codebook is larger")
     # Images
     images = Images(args.data)
     val_data = args.val_data or default_val(args.data)

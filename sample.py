@@ -316,6 +316,8 @@ def main():
 
     # Many images, each class equally often; each rank draws a part
     if args.num_samples > 0 and not args.image:
+        if args.num_samples < world_size:
+            raise SystemExit(f"--num_samples {args.num_samples} is less than one for each rank")
         labels = torch.arange(args.num_samples) % ar.cfg.num_classes
         images = []
         numbers = torch.arange(args.num_samples).tensor_split(world_size)[rank]

@@ -128,8 +128,9 @@ def report(entry, log, wandb_run):
     print(json.dumps(entry), file=log, flush=True)
     if wandb_run is not None:
         wandb_run.log(entry, step=entry["step"])
+    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
     with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print("  ".join(f"{name} {value:.5g}" for name, value in entry.items()), flush=True)
+        print("  ".join(words), flush=True)
 
 
 # The script
@@ -206,8 +207,12 @@ def main():
     if rank == 0:
         print(f"{codes_path}: {num_images} images of {len(tokens.classes)} classes x {num_crops} "
               f"crops x {length} codes", flush=True)
-        if not (out / "tokenizer.safetensors").exists():  # so that --out holds a pair
-            tokenizer.save(out / "tokenizer.safetensors")
+        own = out / "tokenizer.safetensors"
+        if not own.exists():  # so that --out holds a pair
+            tokenizer.save(own)
+        elif Tokenizer.load(own).fingerprint() != fingerprint:
+            raise SystemExit(f"{own} is another tokenizer than {tokenizer_path}: another --out is "
+                             "needed")
 
     # Model and optimizer
     torch.manual_seed(args.seed)

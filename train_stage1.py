@@ -317,8 +317,9 @@ def report(entry, log, wandb_run):
     print(json.dumps(entry), file=log, flush=True)
     if wandb_run is not None:
         wandb_run.log(entry, step=entry["step"])
+    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
     with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print("  ".join(f"{name} {value:.5g}" for name, value in entry.items()), flush=True)
+        print("  ".join(words), flush=True)
 
 
 # The script

@@ -71,7 +71,6 @@ def test_inception_features(tmp_path, monkeypatch):
     torch.testing.assert_close(resized[:, :, ::13, ::23], expected)
     torch.testing.assert_close(resized[:, :, 1], resized[:, :, 0].lerp(resized[:, :, 13], 1 / 13))
     # sFID's features are flat in the order (row, column, channel).
-    assert output["spatial"].shape == (2, 17 * 17 * 7)
     assert output["spatial"][1, (3 * 17 + 5) * 7 + 2] == mixed[1, 2, 3, 5]
     logits = output["pool"] @ network.net.fc.weight.T  # without the bias
     torch.testing.assert_close(output["probabilities"], logits.softmax(-1))
@@ -129,7 +128,6 @@ def test_stored_statistics_count_before_the_images_beside_them(run, sides):
     only = run("a.npz", "only.npz")
     assert only["fid"] == both["fid"]
     assert "recall" not in only
-    assert run("only.npz", "both.npz")["fid"] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_reference_of_many_sizes_is_cropped(run, sides):
