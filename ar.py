@@ -84,10 +84,11 @@ class AR(nn.Module):
         self.head = nn.Linear(cfg.dim, vocabulary, bias=False)
         for module in (self.bos, self.embedding, self.head):
             init_weights(module)
-        # A head has the axes l, row, column in this order (in the tokenizer l is the last). Along
-        # a sequence only l moves, so only the first dimensions of a head turn.
+        # Along a sequence only l moves. Its dimensions are the first of a head here, as in the
+        # released weights; the rest do not turn.
         positions = torch.arange(self.length, device="cpu")
         angles = rope_angles(positions, rope_axis_dims(cfg.head_dim)[2], 10000.0)
+        angles = F.pad(angles, (0, cfg.head_dim // 2 - angles.shape[1]))  # (L, d/2)
         self.register_buffer("angles", angles, persistent=False)
         self.compiled_step = None  # see compile_step
         self.caches = {}  # batch size: the caches of the compiled step
@@ -218,6 +219,8 @@ class AR(nn.Module):
         k = self.cfg.num_prologue
         n = self.cfg.num_visual
         v = self.cfg.codebook_size
+        if temperature_prologue is None:
+            temperature_prologue = temperature
         sampling = dict(top_k=top_k, top_p=top_p)
         if noise is None:
             device = generator.device if generator else labels.device
@@ -228,7 +231,7 @@ class AR(nn.Module):
             if prologue is None:
                 prologue = self.draw_tokens(
                     labels, prefix, slice(v, self.eos), [cfg_prologue] * k, noise,
-                    temperature=temperature_prologue or temperature, **sampling)
+                    temperature=temperature_prologue, **sampling)
             # EOS is never drawn: it goes in together with the prologue, all K+1 at once.
             eos = prologue.new_full((len(labels), 1), self.eos)
             prefix = torch.cat([prologue + v, eos], 1)  # (B, K+1)
@@ -324,7 +327,7 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     rounding of the logits, a draw is the same on any device and in any batch. top_k keeps the k
     likeliest codes (0 is off), top_p the likeliest that together have this probability (1 is off).
     """
-    logits = logits.float() / temperature
+    logits = logits.float() / max(temperature, 1e-6)  # 0 draws the likeliest code
     if top_k > 0:
         kept = logits.topk(min(top_k, logits.shape[-1])).values  # (B, k), largest first
         logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)

@@ -14,6 +14,7 @@ Letters in shapes: N images in all, B of them in a batch, H x W pixels, d featur
 
 import argparse
 import json
+import math
 import os
 import random
 import sys
@@ -257,14 +258,17 @@ def parse_args():
     flag("--out", default="out", help="folder where samples.npz is looked for")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
     flag("--json", action="store_true", help="print one JSON line instead of the table")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tokenizer and args.samples or args.data and not args.tokenizer:
+        parser.error("--tokenizer scores its reconstructions of --data, and --data is only for it")
+    return args
 
 
 @torch.no_grad()
 def main():
     args = parse_args()
     _, _, device, _ = setup(args.device)
-    torch.backends.cudnn.allow_tf32 = False  # numbers should not depend on the type of GPU
+    torch.backends.cudnn.allow_tf32 = False  # TF32 would change the scores
 
     # Samples, or reconstructions, and the reference
     labels = None
@@ -293,11 +297,11 @@ def main():
     if "arr_0" in stored or not stored:
         crop = args.tokenizer or args.crop or args.reference is None
         n, _, originals = image_batches(reference, args.batch_size, size, crop)
-        against = extract(network, originals, device, n // args.batch_size, "reference")
+        against = extract(network, originals, device, math.ceil(n / args.batch_size), "reference")
     for feature, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         if mu in stored:
             against[feature] = (stored[mu], stored[sigma])
-    samples = extract(network, batches, device, count // args.batch_size, "samples")
+    samples = extract(network, batches, device, math.ceil(count / args.batch_size), "samples")
 
     # Scores
     if len(samples["pool"][0]) != len(against["pool"][0]):

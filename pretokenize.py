@@ -38,7 +38,7 @@ from tokenizer import Tokenizer, save_checkpoint, setup, writing
 BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 PART_SIZE = 500  # images in a part of the tokens
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # sound files have been seen with 2 MB of text
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # intact files have been seen with 2 MB of text
 
 # Pixels
 
@@ -183,7 +183,10 @@ class Images:
         """A PIL image in RGB, whatever the file's mode or extension."""
         place = self.places[index]
         if self.archive:
-            file = io.BytesIO(open_zip(self.archive).read(place))
+            try:
+                file = io.BytesIO(open_zip(self.archive).read(place))
+            except Exception as error:  # a damaged or encrypted entry
+                raise SystemExit(f"{place} in {self.archive} cannot be read: {error}") from None
             return open_image(f"{place} in {self.archive}", file)
         if not os.path.isfile(place):  # to read from a pipe would wait for ever
             raise SystemExit(f"{place} is no regular file")
@@ -210,12 +213,14 @@ def is_image(name):
 
 def default_val(data):
     """The path `val` beside training images at a path `train`, or None if nothing is there."""
+    if Path(data).name != "train":
+        return None
     val = Path(data).with_name("val")
     archive, inside = split_zip(val)
     there = val.is_dir()
     if archive:
         there = any(name.startswith(inside) for name in open_zip(archive).namelist())
-    return str(val) if there and Path(data).name == "train" else None
+    return str(val) if there else None
 
 
 # Crops, as in ADM (guided-diffusion), whose statistics are the reference of every ImageNet gFID
@@ -224,7 +229,7 @@ def default_val(data):
 def shrink(image, shorter):
     """Shorter side to `shorter`: halved by a box filter while it is at least twice that, then
     bicubic."""
-    if max(image.size) > 16 * min(image.size):  # enlarged whole, a banner would take gigabytes
+    if max(image.size) > 16 * min(image.size):  # enlarged whole, a long strip would take gigabytes
         side = 16 * min(image.size)
         image = ImageOps.fit(image, (min(image.width, side), min(image.height, side)))
     while min(image.size) >= 2 * shorter:
@@ -334,9 +339,13 @@ def views(images, index, size, crop, flip):
 def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_size):
     """Writes codes (images, views, K+N) uint16 and labels (images,) to the file `target`."""
     cfg = dict(tokenizer=asdict(tokenizer.cfg), fingerprint=tokenizer.fingerprint(),
-               classes=images.classes, images=images.digest(), data=os.path.abspath(images.path),
-               crop=crop, flip=flip)
+               classes=images.classes, images=images.digest(), crop=crop, flip=flip)
     cfg["digest"] = hashlib.sha256(json.dumps(cfg).encode()).hexdigest()[:16]
+    cfg["data"] = os.path.abspath(images.path)
+    of_all = [cfg]
+    if world_size > 1:
+        dist.broadcast_object_list(of_all)  # nodes may have copies with other dates
+    cfg = of_all[0]
 
     # In numbered parts, every rank its own; those of an earlier run with the same settings stay
     folder = Path(f"{target}.{cfg['digest']}.parts")

@@ -100,6 +100,8 @@ def load_pair(tokenizer_path, ar_path, device):
     tokenizer = Tokenizer.load(tokenizer_path).to(device)
     ar = AR.load(ar_path).to(device)
     check_pair(tokenizer, ar, names=(tokenizer_path, ar_path))
+    if ar.cfg.num_classes == 0:
+        raise SystemExit(f"{ar_path} is a joint AR model of stage 1, train_ar.py makes others")
     return tokenizer, ar
 
 
@@ -242,7 +244,7 @@ def parse_args():
          f"shipped pair {SHIPPED.relative_to(SHIPPED.parent.parent)}")
     flag("--tokenizer", help="tokenizer file, instead of the pair's")
     flag("--ar", help="AR file, instead of the pair's")
-    flag("--out", help="folder for everything that is written; out")
+    flag("--out", help="folder for everything that is written, and of the pair; else out")
 
     # What to draw
     flag("--num_samples", type=int, default=1000, help="images in samples.npz; 0: only the grids")

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -41,7 +42,7 @@ except Exception:  # not installed, or built for another torch ("undefined symbo
 
 
 def can_flash(device, dtype):
-    """Whether flash-attn serves this device and number type: half precision on Ampere or later."""
+    """Whether flash-attn serves this device and dtype: half precision on Ampere or later."""
     if flash_attn_func is None or device.type != "cuda" or dtype == torch.float32:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
@@ -87,16 +88,11 @@ def rope_table(grid, line, head_dim):
 
 
 def rope(x, cos, sin):
-    """Turns the pairs (x_0, x_1), (x_2, x_3), ... of x (B, T, heads, d) by angles (T, 1, d/2). A
-    narrower table of them, which the AR model has, leaves the last dimensions as they are."""
-    width = 2 * cos.shape[-1]
-    even = x[..., 0:width:2]
-    odd = x[..., 1:width:2]
+    """Turns the pairs (x_0, x_1), (x_2, x_3), ... of x (B, T, heads, d) by angles (T, 1, d/2)."""
+    even = x[..., 0::2]
+    odd = x[..., 1::2]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
-    turned = turned.flatten(-2)  # (B, T, heads, width)
-    if width == x.shape[-1]:
-        return turned
-    return torch.cat([turned, x[..., width:]], -1)
+    return turned.flatten(-2)  # (B, T, heads, d)
 
 
 # The transformer
@@ -354,15 +350,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(Encoder):
-    """Visual code vectors -> patches. In the layout 1d it is the other way round: the codes are a
-    line, and the queries that read them lie on the grid."""
+    """Visual code vectors -> patches. In the layout 1d the inputs, which are codes in a line, and
+    the queries, which lie on the grid, change places."""
 
     def __init__(self, cfg):
         n = cfg.num_visual
         num_queries = n if cfg.layout == "1d" else 0
         super().__init__(cfg, cfg.code_dim, cfg.decoder, num_queries)
         if num_queries > 0:
-            self.angles = self.angles.roll(n, 0)
+            self.angles = self.angles.roll(n, 0)  # first the line's angles, then the grid's
         _, dim = cfg.decoder
         self.norm = RMSNorm(dim)
         self.out = nn.Linear(dim, 3 * cfg.patch_size**2)
@@ -476,13 +472,13 @@ class Tokenizer(nn.Module):
         return load_model(path, "tokenizer", lambda cfg: cls(TokenizerConfig(**cfg)))
 
 
-# Files
+# What the scripts share: files, the trainers' state and log, device and ranks
 
 
 @contextlib.contextmanager
 def writing(path):
     """Yields a temporary path, of this process alone, which becomes `path` when the block ends
-    without an error: there is the old file or the new one, whole."""
+    without an error: readers see the old file or the new one, never a half."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -552,13 +548,28 @@ def load_state(path, fixed):
     except Exception:  # torch would advise to unpickle freely
         raise SystemExit(f"--resume: {path} is missing or is not a whole training state") from None
     for name, value in fixed.items():
-        if state["fixed"][name] != value:
+        first = not dist.is_initialized() or dist.get_rank() == 0  # copies of data may differ
+        if first and state["fixed"][name] != value:
             raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, this "
                              f"run has {value}")
     return state
 
 
-# Device and ranks
+def learning_rate(step, args):
+    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
+    flat = args.warmup + args.hold
+    ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
+    return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
+
+
+def report(entry, log, wandb_run):
+    """A line of a trainer's log: in the file, at Weights & Biases, and for people."""
+    print(json.dumps(entry), file=log, flush=True)
+    if wandb_run is not None:
+        wandb_run.log(entry, step=entry["step"])
+    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
+    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
+        print("  ".join(words), flush=True)
 
 
 def setup(device="auto", dtype="fp32", timeout_hours=1):

@@ -13,8 +13,6 @@ train_ar.pt (the state for --resume).
 """
 
 import argparse
-import contextlib
-import json
 import time
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -28,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig, check_pair
 from pretokenize import save_grid, to_uint8, visited_images
-from tokenizer import (Tokenizer, TokenizerConfig, check_finite, compile_blocks, load_state,
-                       read_safetensors, setup, writing)
+from tokenizer import (Tokenizer, TokenizerConfig, check_finite, compile_blocks, learning_rate,
+                       load_state, read_safetensors, report, setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -86,14 +84,7 @@ def build_model(args, tokens, tokenizer):
     return ar
 
 
-def learning_rate(step, args):
-    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
-    flat = args.warmup + args.hold
-    ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
-    return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
-
-
-# Held-out measures and log
+# Held-out measures
 
 
 @torch.no_grad()
@@ -123,16 +114,6 @@ def save_samples(path, ar, tokenizer, seed, device, autocast):
     save_grid(path, images.split(10))
 
 
-def report(entry, log, wandb_run):
-    """A line of the log: in the file, at Weights & Biases, and for people."""
-    print(json.dumps(entry), file=log, flush=True)
-    if wandb_run is not None:
-        wandb_run.log(entry, step=entry["step"])
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
-    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print("  ".join(words), flush=True)
-
-
 # The script
 
 
@@ -143,7 +124,7 @@ def parse_args():
     flag = parser.add_argument
 
     # Data and model
-    flag("--codes", help="token file; else codes.safetensors in --out; with _val: held-out ones")
+    flag("--codes", help="token file, beside its codes_val; else codes.safetensors in --out")
     flag("--tokenizer", help="file that made the codes; else tokenizer.safetensors in --out")
     flag("--no_classes", action="store_true", help="all images count as one class")
     flag("--size", default="tiny", choices=SIZES, help="of the AR model")
@@ -156,7 +137,7 @@ def parse_args():
     flag("--micro_batch_size", type=int, help="images per forward and rank, to save memory")
     flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
     flag("--lr", type=float, default=1e-3, help="learning rate after the warmup")
-    flag("--min_lr", type=float, default=1e-5, help="learning rate at the last step")
+    flag("--min_lr", type=float, default=1e-5, help="at the last step, after warmup and hold")
     flag("--warmup", type=int, default=50, help="steps of linear warmup")
     flag("--hold", type=int, default=300, help="steps at --lr, before the linear decay")
     flag("--beta2", type=float, default=0.96, help="of AdamW; beta1 is 0.9")
@@ -315,7 +296,7 @@ def main():
         # Held-out measures and samples
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
             ar.eval()
-            with torch.compiler.set_stance("force_eager"):  # other shapes than the loop's
+            with torch.compiler.set_stance("force_eager"):  # these shapes would recompile
                 if val_tokens is not None:
                     measures = evaluate(ar, val_tokens, args.eval_images, device, autocast)
                     lowest = min(lowest, (measures["val_nats"], step))

@@ -38,7 +38,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import os
 import random
 import time
@@ -58,7 +57,7 @@ from ar import SIZES as AR_SIZES
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, psnr, random_crop,
                          save_grid, to_float, to_uint8, visited_images)
 from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer, check_finite,
-                       compile_blocks, load_state, setup, writing)
+                       compile_blocks, learning_rate, load_state, report, setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
@@ -95,7 +94,7 @@ class Stage1(nn.Module):
         if self.ar is None:
             return reconstruction, vq_loss, torch.zeros_like(vq_loss)
         # The value stays, the gradient is multiplied by lambda.
-        onehot = onehot + (self.ce_weight - 1) * (onehot - onehot.detach())
+        onehot = onehot.detach() + self.ce_weight * (onehot - onehot.detach())
         logits = self.ar(codes, labels, onehot, drop)  # (B, L, vocabulary)
         tokens = self.ar.sequence(codes)  # (B, L)
         ce = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
@@ -238,13 +237,6 @@ def build_tokenizer(args):
 # Optimization
 
 
-def learning_rate(step, args):
-    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
-    flat = args.warmup + args.hold
-    ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
-    return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
-
-
 @torch.no_grad()
 def update_ema(ema, model, half_life):
     """ema <- model, so that after `half_life` steps half of what was there is left."""
@@ -281,7 +273,7 @@ def evaluate(picture, tokenizer, ar, images, args, device, autocast):
     `picture`, each row above the row of its reconstructions."""
     cfg = tokenizer.cfg
     count = min(args.eval_images, len(images))
-    indices = torch.arange(count) * len(images) // count  # spread over all classes, and mixed
+    indices = torch.arange(count) * len(images) // count  # every n-th, and shuffled
     indices = indices[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
     batches = [batch.tolist() for batch in indices.split(64)]
     load = functools.partial(held_out_view, images, size=cfg.image_size)
@@ -296,7 +288,8 @@ def evaluate(picture, tokenizer, ar, images, args, device, autocast):
             measures = ar.measure(codes, labels.to(device)) if ar is not None else {}
         x = to_uint8(x)
         if chosen is batches[0]:
-            save_grid(picture, [x[:8], y[:8], x[8:16], y[8:16]])
+            n = max(1, min(8, len(x) // 2))
+            save_grid(picture, [x[:n], y[:n], x[n : 2 * n], y[n : 2 * n]])
         measures["psnr"] = psnr(x, y)
         for name, values in measures.items():
             sums[f"val_{name}"] += values.sum().item() / count
@@ -310,16 +303,6 @@ def evaluate(picture, tokenizer, ar, images, args, device, autocast):
         sums[f"val_usage_{group}"] = int((use > 0).sum())
         sums[f"val_perplexity_{group}"] = entropy.exp().item()
     return sums
-
-
-def report(entry, log, wandb_run):
-    """A line of the log: in the file, at Weights & Biases, and for people."""
-    print(json.dumps(entry), file=log, flush=True)
-    if wandb_run is not None:
-        wandb_run.log(entry, step=entry["step"])
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
-    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print("  ".join(words), flush=True)
 
 
 # The script
@@ -341,7 +324,7 @@ def parse_args():
     flag("--size", default="tiny", choices=SIZES, help="of networks, images and codebooks")
     flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
     flag("--init", metavar="TOKENIZER", help="file to go on from; its size counts")
-    flag("--image_size", type=int, help="side in pixels; this and the next six: else of --size")
+    flag("--image_size", type=int, help="side; default of this and the next six: --size")
     flag("--patch_size", type=int, help="side in pixels; each patch is a visual token")
     flag("--codebook_size", type=int, help="visual codes V")
     flag("--code_dim", type=int, help="dimensions of a code")
@@ -369,7 +352,7 @@ def parse_args():
     flag("--micro_batch_size", type=int, help="images per forward and rank, to save memory")
     flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
     flag("--lr", type=float, default=5e-4, help="learning rate after the warmup")
-    flag("--min_lr", type=float, default=5e-5, help="learning rate at the last step")
+    flag("--min_lr", type=float, default=5e-5, help="at the last step, after warmup and hold")
     flag("--warmup", type=int, default=50, help="steps of linear warmup")
     flag("--hold", type=int, default=800, help="steps at --lr, before the linear decay")
     flag("--seed", type=int, default=0, help="of everything random")
@@ -519,7 +502,7 @@ def main():
             # A micro-batch of images
             x = next(loader)  # (B, 3, H, W) uint8
             if cuda:
-                x = x.pin_memory()  # only copies from pinned memory are asynchronous
+                x = x.pin_memory()  # a large copy is asynchronous from pinned memory only
             x = to_float(x.to(device, non_blocking=cuda))
             model.require_backward_grad_sync = i + micro == per_rank  # of DDP: once per step
 
@@ -580,7 +563,7 @@ def main():
 
         # Held-out measures and pictures
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
-            with torch.compiler.set_stance("force_eager"):  # other batch sizes than the loop's
+            with torch.compiler.set_stance("force_eager"):  # these shapes would recompile
                 measures = evaluate(out / "train_stage1.png", final, ar, val_images, args, device,
                                     autocast)
                 report({"step": step} | measures, log, wandb_run)

@@ -14,7 +14,7 @@ REFERENCE=${REFERENCE:-VIRTUAL_imagenet256_labeled.npz}
 cards=1
 [[ $LAUNCH =~ nproc.per.node[=\ ]+([0-9]+) ]] && cards=${BASH_REMATCH[1]}
 
-score() {  # DIR MODE [flags of sample.py]: DIR/MODE_NUM/score.json
+score() {  # DIR PRESET-MODE [flags of sample.py]: DIR/PRESET-MODE_NUM/score.json
     local out=$1/$2_$NUM
     [[ $out/score.json -nt $1/ar.safetensors ]] && return
     [[ $out/samples.npz -nt $1/ar.safetensors ]] || launch sample.py --pair "$1" --out "$out" \
@@ -24,13 +24,13 @@ score() {  # DIR MODE [flags of sample.py]: DIR/MODE_NUM/score.json
 }
 
 if [[ ${1:?give DIR and PRESET, or released} != released ]]; then
-    score "$1" cfg --preset "${2:?give a preset of sample.py}" "${@:3}"
-    score "$1" no_cfg --preset "$2" --no_cfg "${@:3}"
-    head "$1"/{cfg,no_cfg}_"$NUM"/score.json
+    score "$1" "${2:?give a preset of sample.py}-cfg" --preset "$2" "${@:3}"
+    score "$1" "$2-no_cfg" --preset "$2" --no_cfg "${@:3}"
+    head "$1/$2"-{cfg,no_cfg}_"$NUM"/score.json
     exit
 fi
 
-value() { grep -o "\"$2\": [^,}]*" "$dir/$1_$NUM/score.json" | cut -d " " -f 2 || echo -; }
+value() { grep -o "\"$2\": [^,}]*" "$dir/$name-$1_$NUM/score.json" | cut -d " " -f 2 || echo -; }
 row() { printf "%-20s%14.6s%8.6s%8.6s%8.6s%8.6s\n" "$@"; }
 table="paper, measured      gFID, no CFG    gFID      IS   Prec.  Recall"
 while read -r name plain guided is precision recall <&3; do
@@ -39,7 +39,7 @@ while read -r name plain guided is precision recall <&3; do
     [[ -e $dir/ar.safetensors ]] ||
         python "$ROOT/tools/released.py" "$name" --out "$dir" ${FROM:+--from "$FROM"}
     "$ROOT/recipes/evaluate.sh" "$dir" "$name" "${@:2}"
-    rm -f "$dir"/*cfg_"$NUM"/samples.npz  # 20 GB
+    rm -f "$dir/$name"-*cfg_"$NUM"/samples.npz  # 20 GB
     table+=$'\n'$(row "$name" "$plain" "$guided" "$is" "$precision" "$recall"
         row "" "$(value no_cfg fid)" "$(value cfg fid)" "$(value cfg inception_score)" \
             "$(value cfg precision)" "$(value cfg recall)")
