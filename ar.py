@@ -86,7 +86,7 @@ class AR(nn.Module):
             init_weights(module)
         # Along a sequence only l moves. Its dimensions are the first of a head here, as in the
         # released weights; the rest do not turn.
-        positions = torch.arange(self.length, device="cpu")
+        positions = torch.arange(self.length)
         angles = rope_angles(positions, rope_axis_dims(cfg.head_dim)[2], 10000.0)
         angles = F.pad(angles, (0, cfg.head_dim // 2 - angles.shape[1]))  # (L, d/2)
         self.register_buffer("angles", angles, persistent=False)

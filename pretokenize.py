@@ -33,7 +33,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from tokenizer import Tokenizer, save_checkpoint, setup, writing
+from tokenizer import Tokenizer, read_safetensors, save_checkpoint, setup, writing
 
 BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -168,7 +168,7 @@ class Images:
             except (KeyError, OSError):
                 continue
             rows = csv.reader(data.decode().splitlines())
-            table = {stem: boxes.split()[0] for stem, boxes in rows}
+            table = {row[0]: row[1].split()[0] for row in rows if len(row) > 1}
             classes = [table.get(Path(name).stem) for name in self.names]
             return classes if all(classes) else None  # None: it is about other images
         return None
@@ -346,6 +346,10 @@ def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_si
     if world_size > 1:
         dist.broadcast_object_list(of_all)  # nodes may have copies with other dates
     cfg = of_all[0]
+
+    made = read_safetensors(target, "codes")[1] if target.exists() else {}
+    if made.get("digest") == cfg["digest"]:
+        return
 
     # In numbered parts, every rank its own; those of an earlier run with the same settings stay
     folder = Path(f"{target}.{cfg['digest']}.parts")

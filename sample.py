@@ -299,6 +299,8 @@ def main():
     elif device.type == "cpu" and args.dtype == "fp32":
         pack_for_cpu(ar)
     batch_size = max(1, args.batch_size // world_size)
+    if 0 < args.num_samples < world_size:
+        raise SystemExit(f"--num_samples {args.num_samples} is less than one for each rank")
 
     # Settings: those of the preset, where no flag says otherwise
     preset = args.preset or default_preset(ar)
@@ -318,8 +320,6 @@ def main():
 
     # Many images, each class equally often; each rank draws a part
     if args.num_samples > 0 and not args.image:
-        if args.num_samples < world_size:
-            raise SystemExit(f"--num_samples {args.num_samples} is less than one for each rank")
         labels = torch.arange(args.num_samples) % ar.cfg.num_classes
         images = []
         numbers = torch.arange(args.num_samples).tensor_split(world_size)[rank]
@@ -329,9 +329,9 @@ def main():
                 images.append(decode(tokenizer, codes, batch_size))
         images = torch.cat(images).numpy()
         if world_size > 1:
-            out.mkdir(parents=True, exist_ok=True)
             parts = [out / f".samples{i}.npy" for i in range(world_size)]
-            np.save(parts[rank], images)
+            with writing(parts[rank]) as temporary, open(temporary, "wb") as file:
+                np.save(file, images)
             dist.barrier()
         if world_size > 1 and rank == 0:
             images = np.concatenate([np.load(part) for part in parts])

@@ -71,19 +71,18 @@ def rope_axis_dims(head_dim):
 
 def rope_angles(positions, dim, theta):
     """Positions (T,) on an axis of `dim` dimensions -> angles (T, dim/2): times theta^(-2i/dim)."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     return (positions.double()[:, None] * frequencies).float()
 
 
 def rope_table(grid, line, head_dim):
     """Angles (grid*grid + line, d/2) of the patches of an image, row by row, theta 2000, and after
-    them of `line` tokens in a line, theta 10000. On the CPU even where a model is built on the meta
-    device, because angles are in no checkpoint."""
+    them of `line` tokens in a line, theta 10000."""
     row_dim, column_dim, l_dim = rope_axis_dims(head_dim)
-    places = torch.arange(grid, device="cpu")
+    places = torch.arange(grid)
     rows = rope_angles(places.repeat_interleave(grid), row_dim, 2000.0)
     columns = rope_angles(places.repeat(grid), column_dim, 2000.0)
-    tokens = rope_angles(torch.arange(line, device="cpu"), l_dim, 10000.0)
+    tokens = rope_angles(torch.arange(line), l_dim, 10000.0)
     return torch.block_diag(torch.cat([rows, columns], 1), tokens)
 
 
@@ -384,6 +383,7 @@ class Tokenizer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        self.loaded_fingerprint = ""
         k = cfg.num_prologue
         num_queries = {"prologue": k, "1d": cfg.num_visual, "2d": 0, "post": 0}[cfg.layout]
         self.encoder = Encoder(cfg, 3 * cfg.patch_size**2, cfg.encoder, num_queries)
@@ -456,7 +456,10 @@ class Tokenizer(nn.Module):
         return self.pixels(self.visual_quantizer.lookup(visual))
 
     def fingerprint(self):
-        """A short hash of the weights, by which tokens and AR models know their tokenizer."""
+        """A short hash of the weights, by which tokens and AR models know their tokenizer. A file
+        carries it, so that it stays when others round the weights to half precision."""
+        if self.loaded_fingerprint:
+            return self.loaded_fingerprint
         sha = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             sha.update(name.encode())
@@ -464,12 +467,21 @@ class Tokenizer(nn.Module):
         return sha.hexdigest()[:16]
 
     def save(self, path):
-        save_checkpoint(path, "tokenizer", self.state_dict(), asdict(self.cfg))
+        self.loaded_fingerprint = ""  # the weights may have changed
+        cfg = asdict(self.cfg) | {"fingerprint": self.fingerprint()}
+        save_checkpoint(path, "tokenizer", self.state_dict(), cfg)
 
     @classmethod
     def load(cls, path):
         """A frozen tokenizer in eval mode from a file that `save` wrote."""
-        return load_model(path, "tokenizer", lambda cfg: cls(TokenizerConfig(**cfg)))
+
+        def build(cfg):
+            fingerprint = cfg.pop("fingerprint", "")
+            tokenizer = cls(TokenizerConfig(**cfg))
+            tokenizer.loaded_fingerprint = fingerprint
+            return tokenizer
+
+        return load_model(path, "tokenizer", build)
 
 
 # What the scripts share: files, the trainers' state and log, device and ranks
@@ -529,29 +541,34 @@ def load_model(path, kind, build):
     precision become fp32."""
     tensors, cfg = read_safetensors(path, kind)
     check_finite(path, tensors)
-    with torch.device("meta"):  # nothing is allocated or initialized twice
-        model = build(cfg)
+    model = build(cfg)
     model.load_state_dict(tensors, assign=True)
     return model.float().eval().requires_grad_(False)
 
 
-def load_state(path, fixed):
+def load_state(path, fixed, resume):
     """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
     All ranks do as the first: one that does not see its file says so."""
+    first = not dist.is_initialized() or dist.get_rank() == 0
     there = [path.exists()]
     if dist.is_initialized():
         dist.broadcast_object_list(there)
-    if not there[0]:
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed
+        left.unlink(missing_ok=True)
+    if there[0] and not resume and first:
+        print(f"note: this run replaces that of {path}, with which --resume would go on")
+    if not (there[0] and resume):
         return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception:  # torch would advise to unpickle freely
         raise SystemExit(f"--resume: {path} is missing or is not a whole training state") from None
     for name, value in fixed.items():
-        first = not dist.is_initialized() or dist.get_rank() == 0  # copies of data may differ
-        if first and state["fixed"][name] != value:
+        if first and state["fixed"][name] != value:  # on other nodes copies of data may differ
             raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, this "
                              f"run has {value}")
+    if first:
+        print(f"going on from step {state['step']}", flush=True)
     return state
 
 

@@ -212,7 +212,7 @@ def main():
     lowest = (float("inf"), 0)  # held-out nats, and their step
     fixed = dict(ar=asdict(ar.cfg), codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
                  beta2=args.beta2, weight_decay=args.weight_decay)
-    state = load_state(out / "train_ar.pt", fixed) if args.resume else None
+    state = load_state(out / "train_ar.pt", fixed, args.resume)
     if state is not None:
         ar.load_state_dict(state["ar"])
         optimizer.load_state_dict(state["optimizer"])
@@ -300,9 +300,8 @@ def main():
                 if val_tokens is not None:
                     measures = evaluate(ar, val_tokens, args.eval_images, device, autocast)
                     lowest = min(lowest, (measures["val_nats"], step))
+                    measures |= {"lowest_nats": lowest[0], "lowest_step": lowest[1]}
                     report({"step": step} | measures, log, wandb_run)
-                    if lowest[1] < step:
-                        print(f"held-out nats were lowest at step {lowest[1]}: {lowest[0]:.4g}")
                 save_samples(out / "train_ar.png", ar, tokenizer, args.seed, device, autocast)
             ar.train()
 

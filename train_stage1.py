@@ -400,10 +400,13 @@ def main():
     share = micro / per_rank
 
     # Data
+    if out.resolve().is_relative_to(Path(args.data).resolve()):
+        raise SystemExit(f"--out {out} lies in --data {args.data}: its pictures would be taken too")
     images = Images(args.data)
-    val_images = Images(args.val_data or default_val(args.data) or args.data)
+    val_data = args.val_data or default_val(args.data)
+    val_images = Images(val_data or args.data)
     if rank == 0:
-        print(f"training on {images}, held out are {val_images}", flush=True)
+        print(f"{images}, held out: {val_images if val_data else 'none, they are measured'}")
     if args.onestage and val_images.classes != images.classes:
         raise SystemExit(f"--onestage: {val_images} has other classes than {images}")
 
@@ -443,7 +446,7 @@ def main():
     parts = [stage1, ema, discriminator, *optimizers]
     fixed = dict(tokenizer=asdict(tokenizer.cfg), images=images.digest(), crop=args.crop,
                  flip=args.flip, batch_size=args.batch_size, seed=args.seed)
-    state = load_state(out / "train_stage1.pt", fixed) if args.resume else None
+    state = load_state(out / "train_stage1.pt", fixed, args.resume)
     if state is not None:
         for part, saved in zip(parts, state["parts"]):
             part.load_state_dict(saved)
