@@ -124,7 +124,8 @@ class AR(nn.Module):
         x = torch.cat([self.bos(labels)[:, None], x], 1)  # (B, L, D)
         x = self.transformer(self.dropout(x), self.angles, causal=True)
         with torch.autocast(x.device.type, enabled=False):
-            return padded_linear(self.norm(x), self.head.weight)
+            head = padded_linear if x.is_cuda else F.linear
+            return head(self.norm(x), self.head.weight)
 
     @torch.no_grad()
     def measure(self, codes, labels):
