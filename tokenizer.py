@@ -541,7 +541,8 @@ def load_model(path, kind, build):
     precision become fp32."""
     tensors, cfg = read_safetensors(path, kind)
     check_finite(path, tensors)
-    model = build(cfg)
+    with torch.random.fork_rng(devices=[]):  # the random weights are replaced: nobody's draw
+        model = build(cfg)
     model.load_state_dict(tensors, assign=True)
     return model.float().eval().requires_grad_(False)
 
@@ -577,6 +578,15 @@ def learning_rate(step, args):
     flat = args.warmup + args.hold
     ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
     return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
+
+
+def start_wandb(args, job):
+    """A run at Weights & Biases, or None without --wandb."""
+    if args.wandb is None:
+        return None
+    import wandb
+
+    return wandb.init(project=args.wandb, name=f"{args.out} {job}", config=vars(args))
 
 
 def report(entry, log, wandb_run):

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ar import AR, SIZES, ARConfig, check_pair
 from pretokenize import save_grid, to_uint8, visited_images
 from tokenizer import (Tokenizer, TokenizerConfig, check_finite, compile_blocks, learning_rate,
-                       load_state, read_safetensors, report, setup, writing)
+                       load_state, read_safetensors, report, setup, start_wandb, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -228,11 +228,7 @@ def main():
 
     # The loop
     log = None
-    wandb_run = None
-    if args.wandb and rank == 0:
-        import wandb
-
-        wandb_run = wandb.init(project=args.wandb, name=f"{out} ar", config=vars(args))
+    wandb_run = start_wandb(args, "ar") if rank == 0 else None
     ar.train()
     clock = time.perf_counter()
     clock_step = start_step

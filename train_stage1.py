@@ -57,7 +57,8 @@ from ar import SIZES as AR_SIZES
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, psnr, random_crop,
                          save_grid, to_float, to_uint8, visited_images)
 from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer, check_finite,
-                       compile_blocks, learning_rate, load_state, report, setup, writing)
+                       compile_blocks, learning_rate, load_state, report, setup, start_wandb,
+                       writing)
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
@@ -405,15 +406,12 @@ def main():
     images = Images(args.data)
     val_data = args.val_data or default_val(args.data)
     val_images = Images(val_data or args.data)
-    if rank == 0:
-        print(f"{images}, held out: {val_images if val_data else 'none, they are measured'}")
     if args.onestage and val_images.classes != images.classes:
         raise SystemExit(f"--onestage: {val_images} has other classes than {images}")
 
     # Models, equal on all ranks
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(args).to(device)
-    size = tokenizer.cfg.image_size
     ar = None
     if tokenizer.cfg.num_prologue > 0 or args.direct_ce:
         classes = images.classes if args.onestage else []  # without classes: unconditional
@@ -426,6 +424,7 @@ def main():
     discriminator = Discriminator(args.gan_channels).to(device, **memory)
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
     if rank == 0:
+        print(f"{images}, held out: {val_images if val_data else 'none, they are measured'}")
         print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters", flush=True)
 
     # Optimizers. beta1 is 0 for the two players of the GAN: momentum would push a player on
@@ -441,17 +440,15 @@ def main():
                                     betas=(0.0, 0.99), weight_decay=1e-4)]
 
     # Resume
-    start_step = 0
-    log_size = 0
     parts = [stage1, ema, discriminator, *optimizers]
     fixed = dict(tokenizer=asdict(tokenizer.cfg), images=images.digest(), crop=args.crop,
                  flip=args.flip, batch_size=args.batch_size, seed=args.seed)
     state = load_state(out / "train_stage1.pt", fixed, args.resume)
-    if state is not None:
-        for part, saved in zip(parts, state["parts"]):
-            part.load_state_dict(saved)
-        start_step = state["step"]
-        log_size = state["log_size"]
+    state = state or dict(step=0, log_size=0, parts=[])
+    for part, saved in zip(parts, state["parts"]):
+        part.load_state_dict(saved)
+    start_step = state["step"]
+    log_size = state["log_size"]
 
     # Compilation and ranks
     for module in stage1.modules():
@@ -466,16 +463,12 @@ def main():
     firsts = ((step - 1) * args.batch_size + rank * per_rank + i
               for step in steps for i in range(0, per_rank, micro))
     batches = (range(first, first + micro) for first in firsts)
-    load = functools.partial(training_view, images, size=size, args=args)
+    load = functools.partial(training_view, images, size=tokenizer.cfg.image_size, args=args)
     loader = load_batches(load, batches, args.num_workers)
 
     # The loop
     log = None
-    wandb_run = None
-    if args.wandb and rank == 0:
-        import wandb
-
-        wandb_run = wandb.init(project=args.wandb, name=f"{out} stage1", config=vars(args))
+    wandb_run = start_wandb(args, "stage1") if rank == 0 else None
     stage1.train()
     clock = time.perf_counter()
     clock_step = start_step
