@@ -19,6 +19,7 @@ import math
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -554,8 +555,9 @@ def load_state(path, fixed, resume):
     there = [path.exists()]
     if dist.is_initialized():
         dist.broadcast_object_list(there)
-    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed
-        left.unlink(missing_ok=True)
+    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed an hour ago
+        if first and left.stat().st_mtime < time.time() - 3600:
+            left.unlink()
     if there[0] and not resume and first:
         print(f"note: this run replaces that of {path}, with which --resume would go on")
     if not (there[0] and resume):
