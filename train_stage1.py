@@ -424,7 +424,8 @@ def main():
     discriminator = Discriminator(args.gan_channels).to(device, **memory)
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
     if rank == 0:
-        print(f"{images}, held out: {val_images if val_data else 'none, they are measured'}")
+        print(f"training on {images}")
+        print(f"measuring {val_images}{'' if val_data else ', none are held out'}", flush=True)
         print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters", flush=True)
 
     # Optimizers. beta1 is 0 for the two players of the GAN: momentum would push a player on
