@@ -355,6 +355,6 @@ def check_pair(tokenizer, ar, names=("the tokenizer", "the AR model")):
         if a != b:
             raise SystemExit(f"{names[0]} and {names[1]} do not belong together: {key} is {a} in "
                              f"the one and {b} in the other")
-    if ar.cfg.tokenizer not in ("", tokenizer.fingerprint()):
+    if ar.cfg.tokenizer not in ("", tokenizer.cfg.fingerprint):
         raise SystemExit(f"{names[1]} was trained on codes of another tokenizer than {names[0]}: "
                          "run pretokenize.py and train_ar.py again, or give that tokenizer")

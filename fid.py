@@ -8,8 +8,6 @@ Samples and reference are each an .npz (uint8 images in arr_0), a folder, a zip 
 zip. A reference .npz may also store statistics of its images (mu and sigma for FID, mu_s and
 sigma_s for sFID). Then FID and sFID are computed from these, and the images serve only precision
 and recall.
-
-Letters in shapes: N images in all, B of them in a batch, H x W pixels, d features.
 """
 
 import argparse
@@ -119,20 +117,16 @@ class Inception(nn.Module):
         return {"pool": pool, "spatial": spatial, "probabilities": logits.softmax(-1)}
 
 
-def feature_network(name, size, inception, device):
-    """The network `name` for images of size (H, W), and its name.
-
-    name: "inception", "fashion" (a classifier for 28 x 28 Fashion-MNIST, which needs no download),
-    or "auto", which is "fashion" for 28 x 28. inception: file of its weights, or None. It maps
-    uint8 (B, H, W, 3) to a dict as Inception does ("spatial" may be missing).
+def feature_network(size, inception, device):
+    """The name of the network for images of size (H, W), and itself: Inception, with weights from
+    the file `inception` if one is given, or for 28 x 28 a classifier of Fashion-MNIST, which needs
+    no download. It maps uint8 (B, H, W, 3) to a dict as Inception does ("spatial" may be missing).
     """
-    if name == "auto":
-        name = "fashion" if tuple(size) == (28, 28) else "inception"
-    if name == "inception":
-        return name, Inception(inception).to(device)
+    if inception is not None or tuple(size) != (28, 28):
+        return "inception", Inception(inception).to(device)
     from data.fashion_mnist_features import FashionClassifier
 
-    return name, FashionClassifier.load().to(device)
+    return "fashion", FashionClassifier.load().to(device)
 
 
 # Statistics of features
@@ -160,7 +154,7 @@ def extract(network, batches, device, total=None, title=None):
     """Runs batches of images uint8 (B, H, W, 3) through a network of `feature_network`.
 
     Returns "pool" and, from Inception, "spatial": (mu, sigma); "inception_score"; "features": pool
-    (N, d) float32; "predicted": likeliest class of each image (N,).
+    (N, d) float32.
     """
     outputs = defaultdict(list)
     for images in tqdm(batches, desc=title, total=total, unit="batch"):
@@ -170,7 +164,6 @@ def extract(network, batches, device, total=None, title=None):
     result = {name: moments(outputs[name]) for name in ("pool", "spatial") if name in outputs}
     result["inception_score"] = inception_score(outputs["probabilities"])
     result["features"] = outputs["pool"]
-    result["predicted"] = outputs["probabilities"].argmax(1)
     return result
 
 
@@ -221,7 +214,7 @@ def reconstructions(tokenizer, batches, device, ratios):
     """What a tokenizer makes of batches of images uint8 (B, H, W, 3); their PSNR goes to `ratios`.
     """
     for originals in batches:
-        x = to_float(originals.permute(0, 3, 1, 2).to(device))  # (B, 3, H, W)
+        x = to_float(originals.to(device))  # (B, 3, H, W)
         images = to_uint8(tokenizer.decode(tokenizer.encode(x)))  # (B, H, W, 3)
         ratios.append(psnr(images, originals))
         yield images
@@ -251,13 +244,11 @@ def parse_args():
          "size, as training has done: right for photos of many sizes")
     flag("--tokenizer", metavar="FILE", help="score its reconstructions of --data instead")
     flag("--data", help="images for --tokenizer; else the held-out ones beside it, or bundled")
-    flag("--features", default="auto", choices=["auto", "inception", "fashion"],
-         help="auto: fashion for 28 x 28, else inception")
-    flag("--inception", metavar="FILE", help="torch-fidelity's weights; else downloaded")
+    flag("--inception", metavar="FILE", help="torch-fidelity's weights; else downloaded, or for "
+         "28 x 28 the features of a classifier of Fashion-MNIST")
     flag("--batch_size", type=int, default=100, help="images per forward")
     flag("--out", default="out", help="folder where samples.npz is looked for")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
-    flag("--json", action="store_true", help="print one JSON line instead of the table")
     args = parser.parse_args()
     if args.tokenizer and args.samples or args.data and not args.tokenizer:
         parser.error("--tokenizer scores its reconstructions of --data, and --data is only for it")
@@ -271,7 +262,6 @@ def main():
     torch.backends.cudnn.allow_tf32 = False  # TF32 would change the scores
 
     # Samples, or reconstructions, and the reference
-    labels = None
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer).to(device)
         size = (tokenizer.cfg.image_size, tokenizer.cfg.image_size)
@@ -286,9 +276,8 @@ def main():
         count, size, batches = image_batches(path, args.batch_size)
         codes_path = Path(path).with_name("codes.safetensors")
         reference = args.reference or default_images(codes_path, size, "train")
-        labels = open_npz(path).get("arr_1")
         result = {"samples": path}
-    name, network = feature_network(args.features, size, args.inception, device)
+    name, network = feature_network(size, args.inception, device)
     result |= {"reference": reference, "features": name, "count": count}
 
     # Features; the statistics that a reference stores count, and not those of its images
@@ -316,21 +305,12 @@ def main():
             samples["features"].to(device), against["features"].to(device))
     if args.tokenizer:
         result["psnr"] = torch.cat(ratios).double().mean().item()
-    elif labels is not None and name == "fashion" and not stored:
-        from data.fashion_mnist import CLASSES
-
-        if Images(reference).classes == sorted(CLASSES):
-            right = samples["predicted"] == torch.from_numpy(labels).flatten()
-            result["class_consistency"] = right.double().mean().item()
 
     # Print
-    check_finite("images, statistics or weights are damaged", {
-        key: torch.tensor(value) for key, value in result.items() if isinstance(value, float)})
-    if args.json:
-        print(json.dumps(result))
-    else:
-        for key, value in result.items():
-            print(f"{key:18} {value:.4f}" if isinstance(value, float) else f"{key:18} {value}")
+    numbers = {key: value for key, value in result.items() if isinstance(value, float)}
+    check_finite("images, statistics or weights are damaged",
+                 {key: torch.tensor(value) for key, value in numbers.items()})
+    print(json.dumps(result, indent=1))
     if count < 10000:
         print("note: fewer than 10,000 images: these numbers are biased, compare only at equal "
               "counts", file=sys.stderr)

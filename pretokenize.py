@@ -44,8 +44,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # intact files have been seen with 2 MB o
 
 
 def to_float(images):
-    """uint8 0..255 -> float in [-1, 1]"""
-    return images.float() / 127.5 - 1
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]"""
+    return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
 def to_uint8(images):
@@ -323,7 +323,7 @@ def save_grid(path, rows):
 
 
 def views(images, index, size, crop, flip):
-    """All views of one image that are tokenized: uint8 (views, 3, size, size), mirrored ones last.
+    """All views of one image that are tokenized: uint8 (views, size, size, 3), mirrored ones last.
     The picture is mirrored before it is cut."""
     image = images.open(index)
     result = []
@@ -332,14 +332,14 @@ def views(images, index, size, crop, flip):
             result += five_crops(picture, size)
         else:
             result.append(center_crop(picture, size))
-    return np.ascontiguousarray(np.stack(result).transpose(0, 3, 1, 2))
+    return np.stack(result)
 
 
 @torch.no_grad()
 def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_size):
     """Writes codes (images, views, K+N) uint16 and labels (images,) to the file `target`."""
-    cfg = dict(tokenizer=asdict(tokenizer.cfg), fingerprint=tokenizer.fingerprint(),
-               classes=images.classes, images=images.digest(), crop=crop, flip=flip)
+    cfg = dict(tokenizer=asdict(tokenizer.cfg), classes=images.classes, images=images.digest(),
+               crop=crop, flip=flip)
     cfg["digest"] = hashlib.sha256(json.dumps(cfg).encode()).hexdigest()[:16]
     cfg["data"] = os.path.abspath(images.path)
     of_all = [cfg]
@@ -364,7 +364,7 @@ def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_si
     for i in tqdm(missing, desc=str(target), unit=f"{PART_SIZE} images", disable=rank > 0):
         codes = []
         for _ in parts[i].split(per_batch):
-            x = next(loader).to(device)  # (B, views, 3, H, W)
+            x = next(loader).to(device)  # (B, views, H, W, 3)
             batch_codes = tokenizer.encode(to_float(x.flatten(0, 1)))  # (B*views, K+N)
             codes.append(batch_codes.unflatten(0, (-1, num_views)).cpu())  # (B, views, K+N)
         with writing(files[i]) as temporary, open(temporary, "wb") as file:

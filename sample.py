@@ -1,4 +1,4 @@
-"""Draw images: a class grid, a fixed-prologue grid, reconstructions, and many samples for fid.py.
+"""Draw images: a class grid, a fixed-prologue grid, and many samples for fid.py.
 
     python sample.py                                        # the pair in out/, else the shipped one
     python sample.py --classes bag sneaker --cfg_visual 3    # chosen classes, by name or number
@@ -13,10 +13,9 @@ nothing but the rounding. In --out it leaves
     samples.png            a row for each of ten classes
     fixed_prologue.png     each row one prologue, its visual tokens drawn anew; the last row has
                            prologues of its own (for models with a prologue)
-    reconstructions.png    of --data, or of the bundled images (for 28 x 28 tokenizers)
     samples.npz            arr_0 uint8 (N, H, W, 3), arr_1 labels; samples.json says how drawn
 
-and with --image variations.png alone.
+and with --image variations.png alone, which shows reconstructions, too.
 """
 
 import argparse
@@ -32,7 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ar import AR, SCHEDULES, check_pair
-from pretokenize import (BUNDLED, Images, center_crop, open_image, save_grid, to_float, to_uint8)
+from pretokenize import center_crop, open_image, save_grid, to_float, to_uint8
 from tokenizer import Tokenizer, compile_blocks, setup, writing
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "fashion_mnist"
@@ -95,13 +94,14 @@ def pair_folder(pair, out=None):
     return folder
 
 
-def load_pair(tokenizer_path, ar_path, device):
-    """Tokenizer and AR model, which must belong together."""
-    tokenizer = Tokenizer.load(tokenizer_path).to(device)
-    ar = AR.load(ar_path).to(device)
-    check_pair(tokenizer, ar, names=(tokenizer_path, ar_path))
+def load_pair(folder, device):
+    """Tokenizer and AR model in a folder, which must belong together."""
+    paths = (folder / "tokenizer.safetensors", folder / "ar.safetensors")
+    tokenizer = Tokenizer.load(paths[0]).to(device)
+    ar = AR.load(paths[1]).to(device)
+    check_pair(tokenizer, ar, names=paths)
     if ar.cfg.num_classes == 0:
-        raise SystemExit(f"{ar_path} is a joint AR model of stage 1, train_ar.py makes others")
+        raise SystemExit(f"{paths[1]} is a joint AR model of stage 1, train_ar.py makes others")
     return tokenizer, ar
 
 
@@ -164,7 +164,7 @@ def class_numbers(chosen, ar):
 
 
 def save_grids(tokenizer, ar, args, settings, batch_size):
-    """samples.png, and where it applies fixed_prologue.png and reconstructions.png."""
+    """samples.png, and with a prologue fixed_prologue.png."""
     out = Path(args.out)
     k = ar.cfg.num_prologue
     columns = args.columns
@@ -189,19 +189,6 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
         save_grid(out / "fixed_prologue.png", images.split(columns))
         print(f"{out / 'fixed_prologue.png'}: each row one prologue, then a row of others")
 
-    # Images of --data above their reconstructions
-    data = args.data or (BUNDLED / "val" if tokenizer.cfg.image_size == 28 else None)
-    if data is not None:
-        images = Images(data)
-        indices = [i * len(images) // (4 * columns) for i in range(4 * columns)]
-        crops = [center_crop(images.open(i), tokenizer.cfg.image_size) for i in indices]
-        x = torch.from_numpy(np.stack(crops))  # (4 * columns, H, W, 3)
-        codes = tokenizer.encode(to_float(x.permute(0, 3, 1, 2)).to(ar.head.weight.device))
-        y = decode(tokenizer, codes, batch_size)
-        pairs = zip(x.split(columns), y.split(columns))
-        save_grid(out / "reconstructions.png", [row for pair in pairs for row in pair])
-        print(f"{out / 'reconstructions.png'}: originals above their reconstructions", flush=True)
-
 
 def save_variations(tokenizer, ar, args, settings, batch_size):
     """variations.png: a row for each picture of --image, with itself, its reconstruction and images
@@ -222,7 +209,7 @@ def save_variations(tokenizer, ar, args, settings, batch_size):
     rows = []
     for i, file in enumerate(args.image):
         picture = torch.tensor(center_crop(open_image(file, file), tokenizer.cfg.image_size))[None]
-        codes = tokenizer.encode(to_float(picture.permute(0, 3, 1, 2)).to(ar.head.weight.device))
+        codes = tokenizer.encode(to_float(picture).to(ar.head.weight.device))
         codes = codes.expand(columns, -1)  # (columns, K+N)
         varied = draw(ar, labels[:columns], range(i * columns, (i + 1) * columns), **drawing,
                       prologue=codes[:, :k] if k > 0 else None, visual=codes[:, k : k + kept])
@@ -242,8 +229,6 @@ def parse_args():
     flag = parser.add_argument
     flag("--pair", help="folder of tokenizer.safetensors and ar.safetensors; else --out, or the "
          f"shipped pair {SHIPPED.relative_to(SHIPPED.parent.parent)}")
-    flag("--tokenizer", help="tokenizer file, instead of the pair's")
-    flag("--ar", help="AR file, instead of the pair's")
     flag("--out", help="folder for everything that is written, and of the pair; else out")
 
     # What to draw
@@ -253,7 +238,6 @@ def parse_args():
     flag("--image", nargs="+", metavar="FILE", help="only draw variations of these pictures under "
          "their prologues, as images of the first of --classes, or else of no class")
     flag("--keep", type=float, default=0.0, help="share of its rows that --image keeps as well")
-    flag("--data", help="images for reconstructions.png; else bundled ones, if 28 x 28")
     flag("--seed", type=int, default=0, help="of the noise")
 
     # How to draw; by default as the preset says
@@ -286,9 +270,7 @@ def main():
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a new plan for every token
 
     # Models
-    tokenizer_path = args.tokenizer or folder / "tokenizer.safetensors"
-    ar_path = args.ar or folder / "ar.safetensors"
-    tokenizer, ar = load_pair(tokenizer_path, ar_path, device)
+    tokenizer, ar = load_pair(folder, device)
     if args.dtype == "bf16":  # cast once and not in every step; norms, embeddings and head stay
         for module in ar.transformer.modules():
             if isinstance(module, torch.nn.Linear):
@@ -309,7 +291,7 @@ def main():
     settings |= {name: value for name, value in given.items() if value is not None}
     settings |= dict(cfg_schedule=args.cfg_schedule, top_k=args.top_k, top_p=args.top_p)
     if rank == 0:
-        print(f"{tokenizer_path} and {ar_path}, preset {preset}", flush=True)
+        print(f"{tokenizer.cfg.layout} pair in {folder}, preset {preset}", flush=True)
 
     # Grids, or variations of given pictures
     with autocast:
@@ -340,8 +322,7 @@ def main():
         if rank == 0:
             with writing(out / "samples.npz") as temporary, open(temporary, "wb") as file:
                 np.savez(file, arr_0=images, arr_1=labels.numpy())
-            how = dict(num_samples=args.num_samples, seed=args.seed, dtype=args.dtype,
-                       tokenizer=str(tokenizer_path), ar=str(ar_path), preset=preset, **settings)
+            how = vars(args) | dict(pair=str(folder), preset=preset) | settings
             with writing(out / "samples.json") as temporary:
                 temporary.write_text(json.dumps(how, indent=1) + "\n")
             print(f"{out / 'samples.npz'}: {args.num_samples} images")

@@ -308,6 +308,7 @@ class TokenizerConfig:
     num_prologue: int = 16  # K; 0 in the layouts 1d and 2d
     prologue_codebook_size: int = 1024  # P
     tau: float = 0.1  # temperature of Prob-STE
+    fingerprint: str = ""  # a hash of the saved weights, which tokens and AR models name
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -384,7 +385,6 @@ class Tokenizer(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.loaded_fingerprint = ""
         k = cfg.num_prologue
         num_queries = {"prologue": k, "1d": cfg.num_visual, "2d": 0, "post": 0}[cfg.layout]
         self.encoder = Encoder(cfg, 3 * cfg.patch_size**2, cfg.encoder, num_queries)
@@ -456,33 +456,18 @@ class Tokenizer(nn.Module):
         visual = codes[:, -self.cfg.num_visual :]  # (B, N)
         return self.pixels(self.visual_quantizer.lookup(visual))
 
-    def fingerprint(self):
-        """A short hash of the weights, by which tokens and AR models know their tokenizer. A file
-        carries it, so that it stays when others round the weights to half precision."""
-        if self.loaded_fingerprint:
-            return self.loaded_fingerprint
+    def save(self, path):
         sha = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             sha.update(name.encode())
             sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return sha.hexdigest()[:16]
-
-    def save(self, path):
-        self.loaded_fingerprint = ""  # the weights may have changed
-        cfg = asdict(self.cfg) | {"fingerprint": self.fingerprint()}
-        save_checkpoint(path, "tokenizer", self.state_dict(), cfg)
+        self.cfg.fingerprint = sha.hexdigest()[:16]
+        save_checkpoint(path, "tokenizer", self.state_dict(), asdict(self.cfg))
 
     @classmethod
     def load(cls, path):
         """A frozen tokenizer in eval mode from a file that `save` wrote."""
-
-        def build(cfg):
-            fingerprint = cfg.pop("fingerprint", "")
-            tokenizer = cls(TokenizerConfig(**cfg))
-            tokenizer.loaded_fingerprint = fingerprint
-            return tokenizer
-
-        return load_model(path, "tokenizer", build)
+        return load_model(path, "tokenizer", lambda cfg: cls(TokenizerConfig(**cfg)))
 
 
 # What the scripts share: files, the trainers' state and log, device and ranks
@@ -550,7 +535,8 @@ def load_model(path, kind, build):
 
 def load_state(path, fixed, resume):
     """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
-    All ranks do as the first: one that does not see its file says so."""
+    The log beside it, .jsonl, then ends where it ended in that state. All ranks do as the first:
+    one that does not see its file says so."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     there = [path.exists()]
     if dist.is_initialized():
@@ -558,20 +544,24 @@ def load_state(path, fixed, resume):
     for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed an hour ago
         if first and left.stat().st_mtime < time.time() - 3600:
             left.unlink()
-    if there[0] and not resume and first:
-        print(f"note: this run replaces that of {path}, with which --resume would go on")
-    if not (there[0] and resume):
-        return None
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # torch would advise to unpickle freely
-        raise SystemExit(f"--resume: {path} is missing or is not a whole training state") from None
-    for name, value in fixed.items():
-        if first and state["fixed"][name] != value:  # on other nodes copies of data may differ
-            raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, this "
-                             f"run has {value}")
+    state = None
+    if there[0] and resume:
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception:  # torch would advise to unpickle freely
+            raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
+        for name, value in fixed.items():
+            if first and state["fixed"][name] != value:  # on other nodes copies of data may differ
+                raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, "
+                                 f"this run has {value}")
     if first:
-        print(f"going on from step {state['step']}", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".jsonl"), "a") as log:
+            log.truncate(min(state["log_size"], log.tell()) if state else 0)
+        if state:
+            print(f"going on from step {state['step']}", flush=True)
+        elif there[0]:
+            print(f"note: this run replaces that of {path}, with which --resume would go on")
     return state
 
 
@@ -582,20 +572,30 @@ def learning_rate(step, args):
     return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
 
 
-def start_wandb(args, job):
-    """A run at Weights & Biases, or None without --wandb."""
-    if args.wandb is None:
-        return None
-    import wandb
+def log_entry(step, lr, terms, seconds, args):
+    """What the log says of a step: with `terms`, {name: 0-dim tensor}, as means over the ranks.
+    Ends the run if one of them is not finite. seconds: those of a step."""
+    values = torch.stack(list(terms.values()))
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    check_finite(f"step {step}", dict(zip(terms, values)))
+    entry = dict(step=step, images=step * args.batch_size, lr=lr)
+    entry |= dict(zip(terms, values.tolist()))
+    entry["images_per_s"] = args.batch_size / seconds
+    entry["minutes_left"] = (args.steps - step) * seconds / 60
+    return entry
 
-    return wandb.init(project=args.wandb, name=f"{args.out} {job}", config=vars(args))
 
+def report(entry, path, args):
+    """A line of a trainer's log: in the file, with --wandb at Weights & Biases, and for people."""
+    with open(path, "a") as log:
+        print(json.dumps(entry), file=log)
+    if args.wandb:
+        import wandb
 
-def report(entry, log, wandb_run):
-    """A line of a trainer's log: in the file, at Weights & Biases, and for people."""
-    print(json.dumps(entry), file=log, flush=True)
-    if wandb_run is not None:
-        wandb_run.log(entry, step=entry["step"])
+        run = wandb.run or wandb.init(project=args.wandb, name=str(path), config=vars(args))
+        run.log(entry, step=entry["step"])
     words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
     with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
         print("  ".join(words), flush=True)

@@ -13,6 +13,7 @@ train_ar.pt (the state for --resume).
 """
 
 import argparse
+import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -26,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig, check_pair
 from pretokenize import save_grid, to_uint8, visited_images
-from tokenizer import (Tokenizer, TokenizerConfig, check_finite, compile_blocks, learning_rate,
-                       load_state, read_safetensors, report, setup, start_wandb, writing)
+from tokenizer import (Tokenizer, TokenizerConfig, compile_blocks, learning_rate, load_state,
+                       log_entry, read_safetensors, report, setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -36,8 +37,8 @@ GRAD_CLIP = 1.0  # largest norm of the gradient
 class Tokens:
     """A token file of pretokenize.py, mapped from disk: ranks and processes share its memory.
 
-    codes: (images, crops, K+N) uint16. labels: (images,) int64. classes: their names. cfg and
-    fingerprint: of the tokenizer that made the codes. digest: of everything that they depend on.
+    codes: (images, crops, K+N) uint16. labels: (images,) int64. classes: their names. cfg: of the
+    tokenizer that made the codes. digest: of everything that they depend on.
     """
 
     def __init__(self, path, no_classes=False):
@@ -49,7 +50,6 @@ class Tokens:
             self.classes = ["all"]
             self.labels = torch.zeros_like(self.labels)
         self.cfg = TokenizerConfig(**cfg["tokenizer"])
-        self.fingerprint = cfg["fingerprint"]
         self.digest = cfg["digest"]
 
     def batch(self, images, crops=0):
@@ -65,7 +65,7 @@ def build_model(args, tokens, tokenizer):
     classes are: a class with a known name keeps its embedding, any other starts as their mean."""
     cfg = ARConfig.for_tokenizer(tokens.cfg, **SIZES[args.size], num_classes=len(tokens.classes),
                                  classes=tokens.classes, dropout=args.dropout,
-                                 tokenizer=tokens.fingerprint)
+                                 tokenizer=tokens.cfg.fingerprint)
     if args.init is None:
         return AR(cfg)
     old = AR.load(args.init)
@@ -179,9 +179,9 @@ def main():
     val_tokens = Tokens(val_path, args.no_classes) if val_path.exists() else None
     tokenizer_path = Path(args.tokenizer or out / "tokenizer.safetensors")
     tokenizer = Tokenizer.load(tokenizer_path).to(device)
-    fingerprint = tokenizer.fingerprint()
+    fingerprint = tokenizer.cfg.fingerprint
     for path, some in ((codes_path, tokens), (val_path, val_tokens)):
-        if some is not None and some.fingerprint != fingerprint:
+        if some is not None and some.cfg.fingerprint != fingerprint:
             raise SystemExit(f"{path} was made by another tokenizer than {tokenizer_path}: run "
                              "pretokenize.py again")
     num_images, num_crops, length = tokens.codes.shape
@@ -190,8 +190,9 @@ def main():
               f"crops x {length} codes", flush=True)
         own = out / "tokenizer.safetensors"
         if not own.exists():  # so that --out holds a pair
-            tokenizer.save(own)
-        elif Tokenizer.load(own).fingerprint() != fingerprint:
+            with writing(own) as temporary:
+                shutil.copyfile(tokenizer_path, temporary)
+        elif Tokenizer.load(own).cfg.fingerprint != fingerprint:
             raise SystemExit(f"{own} is another tokenizer than {tokenizer_path}: another --out is "
                              "needed")
 
@@ -207,8 +208,8 @@ def main():
         print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters", flush=True)
 
     # Resume
+    log = out / "train_ar.jsonl"
     start_step = 0
-    log_size = 0
     lowest = (float("inf"), 0)  # held-out nats, and their step
     fixed = dict(ar=asdict(ar.cfg), codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
                  beta2=args.beta2, weight_decay=args.weight_decay)
@@ -217,7 +218,6 @@ def main():
         ar.load_state_dict(state["ar"])
         optimizer.load_state_dict(state["optimizer"])
         start_step = state["step"]
-        log_size = state["log_size"]
         lowest = state["lowest"]
 
     # Compilation and ranks
@@ -227,8 +227,6 @@ def main():
     model = DistributedDataParallel(ar) if world_size > 1 else ar
 
     # The loop
-    log = None
-    wandb_run = start_wandb(args, "ar") if rank == 0 else None
     ar.train()
     clock = time.perf_counter()
     clock_step = start_step
@@ -270,24 +268,13 @@ def main():
         optimizer.step()
 
         # Log
-        if log is None and rank == 0:
-            log = open(out / "train_ar.jsonl", "a")
-            log.truncate(min(log_size, log.tell()))  # the log of an earlier run ends here
         if step % args.log_every == 0 or step == args.steps:
-            top1 = (logits.argmax(-1) == targets).float().mean()  # of the last micro-batch
-            values = torch.stack([ce, norm, top1])
-            if world_size > 1:
-                dist.all_reduce(values)
-            terms = dict(zip(("ce", "grad_norm", "accuracy"), values / world_size))
-            check_finite(f"step {step}", terms)
-            seconds = (time.perf_counter() - clock) / (step - clock_step)  # of a step
-            entry = {"step": step, "images": step * args.batch_size, "lr": lr}
-            entry |= {name: value.item() for name, value in terms.items()}
-            entry["nats"] = entry["ce"] * ar.length  # per image
-            entry["images_per_s"] = args.batch_size / seconds
-            entry["minutes_left"] = (args.steps - step) * seconds / 60
+            right = (logits.argmax(-1) == targets).float()  # of the last micro-batch
+            terms = dict(ce=ce, nats=ce * ar.length, accuracy=right.mean(), grad_norm=norm)
+            seconds = (time.perf_counter() - clock) / (step - clock_step)
+            entry = log_entry(step, lr, terms, seconds, args)
             if rank == 0:
-                report(entry, log, wandb_run)
+                report(entry, log, args)
 
         # Held-out measures and samples
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
@@ -297,14 +284,14 @@ def main():
                     measures = evaluate(ar, val_tokens, args.eval_images, device, autocast)
                     lowest = min(lowest, (measures["val_nats"], step))
                     measures |= {"lowest_nats": lowest[0], "lowest_step": lowest[1]}
-                    report({"step": step} | measures, log, wandb_run)
+                    report({"step": step} | measures, log, args)
                 save_samples(out / "train_ar.png", ar, tokenizer, args.seed, device, autocast)
             ar.train()
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
         if (step % args.save_every == 0 or step == args.steps) and rank == 0:
             ar.save(out / "ar.safetensors")
-            state = dict(step=step, log_size=log.tell(), lowest=lowest, fixed=fixed,
+            state = dict(step=step, log_size=log.stat().st_size, lowest=lowest, fixed=fixed,
                          ar=ar.state_dict(), optimizer=optimizer.state_dict())
             with writing(out / "train_ar.pt") as temporary:
                 torch.save(state, temporary)

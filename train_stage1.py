@@ -45,7 +45,6 @@ from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,8 +56,7 @@ from ar import SIZES as AR_SIZES
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, psnr, random_crop,
                          save_grid, to_float, to_uint8, visited_images)
 from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer, check_finite,
-                       compile_blocks, learning_rate, load_state, report, setup, start_wandb,
-                       writing)
+                       compile_blocks, learning_rate, load_state, log_entry, report, setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
@@ -156,8 +154,8 @@ class Perceptual(nn.Module):
 
     def __init__(self, name):
         super().__init__()
-        self.vgg_weight = 1.0 if name in ("vgg", "both") else 0.0
-        self.convnext_weight = {"convnext": 1.0, "both": 0.1}.get(name, 0.0)
+        weights = {"none": (0, 0), "vgg": (1, 0), "convnext": (0, 1), "both": (1, 0.1)}
+        self.vgg_weight, self.convnext_weight = weights[name]
         try:
             if self.vgg_weight > 0:
                 import lpips
@@ -248,23 +246,14 @@ def update_ema(ema, model, half_life):
 # Data and held-out measures
 
 
-def held_out_view(images, index, size):
-    """The image without anything random: uint8 (3, size, size)."""
-    return center_crop(images.open(index), size).transpose(2, 0, 1)
-
-
 def training_view(images, visit, size, args):
-    """The crop that a visit sees, mirrored half of the time with --flip: uint8 (3, size, size).
+    """The crop that a visit sees, mirrored half of the time with --flip: uint8 (size, size, 3).
     Depends on (seed, visit) only."""
     (index,) = visited_images(args.seed, visit, 1, len(images))
     rng = random.Random(f"{args.seed} {visit}")
-    if args.crop == "random":
-        view = random_crop(images.open(index), size, rng).transpose(2, 0, 1)
-    else:
-        view = held_out_view(images, index, size)
-    if args.flip and rng.random() < 0.5:
-        view = view[:, :, ::-1]
-    return np.ascontiguousarray(view)
+    image = images.open(index)
+    view = random_crop(image, size, rng) if args.crop == "random" else center_crop(image, size)
+    return view[:, ::-1] if args.flip and rng.random() < 0.5 else view
 
 
 @torch.no_grad()
@@ -272,37 +261,33 @@ def evaluate(picture, tokenizer, ar, images, args, device, autocast):
     """Measures of --eval_images held-out images: PSNR in dB, for both codebooks how many codes are
     used and their perplexity, and with an AR model AR.measure. Sixteen of them go to the file
     `picture`, each row above the row of its reconstructions."""
-    cfg = tokenizer.cfg
     count = min(args.eval_images, len(images))
-    indices = torch.arange(count) * len(images) // count  # every n-th, and shuffled
-    indices = indices[torch.randperm(count, generator=torch.Generator().manual_seed(0))]
-    batches = [batch.tolist() for batch in indices.split(64)]
-    load = functools.partial(held_out_view, images, size=cfg.image_size)
+    indices = visited_images(0, 0, count, len(images))  # the same at each call, in random order
+    batches = [indices[i : i + 64] for i in range(0, count, 64)]
+    views = load_batches(lambda index: center_crop(images.open(index), tokenizer.cfg.image_size),
+                         batches, args.num_workers)
     sums = defaultdict(float)
-    uses = defaultdict(int)  # of each code
-    for chosen, batch in zip(batches, load_batches(load, batches, args.num_workers)):
-        x = to_float(batch.to(device))  # (B, 3, H, W)
+    all_codes = []
+    for chosen, x in zip(batches, views):  # x (B, H, W, 3) uint8
         labels = images.labels[chosen] if args.onestage else torch.zeros(len(x)).long()
         with autocast:
-            codes = tokenizer.encode(x)  # (B, K+N)
+            codes = tokenizer.encode(to_float(x.to(device)))  # (B, K+N)
             y = to_uint8(tokenizer.decode(codes))  # (B, H, W, 3)
             measures = ar.measure(codes, labels.to(device)) if ar is not None else {}
-        x = to_uint8(x)
-        if chosen is batches[0]:
+        if not all_codes:
             n = max(1, min(8, len(x) // 2))
             save_grid(picture, [x[:n], y[:n], x[n : 2 * n], y[n : 2 * n]])
         measures["psnr"] = psnr(x, y)
         for name, values in measures.items():
             sums[f"val_{name}"] += values.sum().item() / count
-        prologue, visual = codes.split([cfg.num_prologue, cfg.num_visual], 1)
-        uses["visual"] += torch.bincount(visual.flatten(), minlength=cfg.codebook_size)
-        if cfg.num_prologue > 0:
-            size = cfg.prologue_codebook_size
-            uses["prologue"] += torch.bincount(prologue.flatten(), minlength=size)
-    for group, use in uses.items():
-        entropy = torch.special.entr(use / use.sum()).sum()
-        sums[f"val_usage_{group}"] = int((use > 0).sum())
-        sums[f"val_perplexity_{group}"] = entropy.exp().item()
+        all_codes.append(codes)
+    sizes = [tokenizer.cfg.num_prologue, tokenizer.cfg.num_visual]
+    for group, codes in zip(("prologue", "visual"), torch.cat(all_codes).split(sizes, 1)):
+        if codes.numel() > 0:
+            _, uses = codes.unique(return_counts=True)
+            sums[f"val_usage_{group}"] = len(uses)
+            entropy = torch.special.entr(uses / uses.sum()).sum()
+            sums[f"val_perplexity_{group}"] = entropy.exp().item()
     return sums
 
 
@@ -442,14 +427,15 @@ def main():
 
     # Resume
     parts = [stage1, ema, discriminator, *optimizers]
+    log = out / "train_stage1.jsonl"
     fixed = dict(tokenizer=asdict(tokenizer.cfg), images=images.digest(), crop=args.crop,
                  flip=args.flip, batch_size=args.batch_size, seed=args.seed)
     state = load_state(out / "train_stage1.pt", fixed, args.resume)
-    state = state or dict(step=0, log_size=0, parts=[])
-    for part, saved in zip(parts, state["parts"]):
-        part.load_state_dict(saved)
-    start_step = state["step"]
-    log_size = state["log_size"]
+    start_step = 0
+    if state is not None:
+        for part, saved in zip(parts, state["parts"]):
+            part.load_state_dict(saved)
+        start_step = state["step"]
 
     # Compilation and ranks
     for module in stage1.modules():
@@ -468,8 +454,6 @@ def main():
     loader = load_batches(load, batches, args.num_workers)
 
     # The loop
-    log = None
-    wandb_run = start_wandb(args, "stage1") if rank == 0 else None
     stage1.train()
     clock = time.perf_counter()
     clock_step = start_step
@@ -497,10 +481,10 @@ def main():
         terms = defaultdict(float)  # of the loss, for the log
         for i in range(0, per_rank, micro):
             # A micro-batch of images
-            x = next(loader)  # (B, 3, H, W) uint8
+            x = next(loader)  # (B, H, W, 3) uint8
             if cuda:
                 x = x.pin_memory()  # a large copy is asynchronous from pinned memory only
-            x = to_float(x.to(device, non_blocking=cuda))
+            x = to_float(x.to(device, non_blocking=cuda))  # (B, 3, H, W)
             model.require_backward_grad_sync = i + micro == per_rank  # of DDP: once per step
 
             # Tokenizer and joint AR model
@@ -539,41 +523,30 @@ def main():
         update_ema(ema, tokenizer, min(EMA_HALF_LIFE, 0.1 * step))
 
         # Log
-        if log is None and rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            log = open(out / "train_stage1.jsonl", "a")
-            log.truncate(min(log_size, log.tell()))  # the log of an earlier run ends here
         if step % args.log_every == 0 or step == args.steps:
             grads = [p.grad for p in stage1.parameters() if p.grad is not None]
             terms["grad_norm"] = torch.nn.utils.get_total_norm(grads)
-            check_finite(f"step {step}", terms)
-            values = torch.stack(list(terms.values()))
-            if world_size > 1:
-                dist.all_reduce(values)
-            seconds = (time.perf_counter() - clock) / (step - clock_step)  # of a step
-            entry = {"step": step, "images": step * args.batch_size, "lr": lr}
-            entry |= dict(zip(terms, (values / world_size).tolist()))
-            entry["images_per_s"] = args.batch_size / seconds
-            entry["minutes_left"] = (args.steps - step) * seconds / 60
+            seconds = (time.perf_counter() - clock) / (step - clock_step)
+            entry = log_entry(step, lr, terms, seconds, args)
             if rank == 0:
-                report(entry, log, wandb_run)
+                report(entry, log, args)
 
         # Held-out measures and pictures
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
             with torch.compiler.set_stance("force_eager"):  # these shapes would recompile
                 measures = evaluate(out / "train_stage1.png", final, ar, val_images, args, device,
                                     autocast)
-                report({"step": step} | measures, log, wandb_run)
+                report({"step": step} | measures, log, args)
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
         if (step % args.save_every == 0 or step == args.steps) and rank == 0:
             check_finite(f"step {step}", dict(nn.ModuleList(parts[:3]).named_parameters()))
             final.save(out / "tokenizer.safetensors")
             if ar is not None:
-                ar.cfg.tokenizer = final.fingerprint() if args.onestage else ""
+                ar.cfg.tokenizer = final.cfg.fingerprint if args.onestage else ""
                 ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
-            state = dict(step=step, log_size=log.tell(), fixed=fixed)
-            state["parts"] = [part.state_dict() for part in parts]
+            state = dict(step=step, log_size=log.stat().st_size, fixed=fixed,
+                         parts=[part.state_dict() for part in parts])
             with writing(out / "train_stage1.pt") as temporary:
                 torch.save(state, temporary)
 

@@ -12,4 +12,4 @@ DATA=${DATA:-imagenet.zip/ILSVRC/Data/CLS-LOC}
 RUNS=${RUNS:-runs}
 LAUNCH=${LAUNCH:-torchrun --standalone --nproc_per_node 8}
 launch() { $LAUNCH "$ROOT/$1" "${@:2}"; }
-fid() { python "$ROOT/fid.py" "$@" --json $FID_FLAGS | tail -n 1; }
+fid() { python "$ROOT/fid.py" "$@" $FID_FLAGS | tr -d "\n" && echo; }  # JSON in one line

@@ -9,4 +9,4 @@ source "$(dirname "$0")/common.sh"
 "$ROOT/recipes/stage1.sh" one_gpu "$@"
 # shellcheck disable=SC2086  # several flags
 "$ROOT/recipes/ar.sh" one_gpu $AR_FLAGS
-launch sample.py --out "$RUNS/one_gpu" --data "$DATA/val" --num_samples 0
+launch sample.py --out "$RUNS/one_gpu" --num_samples 0

@@ -58,7 +58,7 @@ def test_inception_features(tmp_path, monkeypatch):
         patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *args: None)
         random = inception.FeatureExtractorInceptionV3("random", ["2048"])
     torch.save(random.state_dict(), tmp_path / "inception.pth")
-    _, network = fid.feature_network("auto", (23, 13), tmp_path / "inception.pth", "cpu")
+    _, network = fid.feature_network((23, 13), tmp_path / "inception.pth", "cpu")
     seen = []
     network.net.Conv2d_1a_3x3.register_forward_hook(lambda *args: seen.append(args[1][0]))
     network.net.Mixed_6d.branch1x1.register_forward_hook(lambda *args: seen.append(args[2]))
@@ -81,7 +81,7 @@ def run(monkeypatch, capsys):
     """Calls fid.main and returns its scores."""
 
     def call(*args):
-        monkeypatch.setattr(sys, "argv", ["fid.py", *args, "--json", "--batch_size", "5"])
+        monkeypatch.setattr(sys, "argv", ["fid.py", *args, "--batch_size", "5"])
         fid.main()
         return json.loads(capsys.readouterr().out)
 
@@ -107,11 +107,6 @@ def test_files_and_folders_have_the_same_scores(run, sides):
     scores = run("a", "b")
     for name in ("count", "fid", "inception_score", "precision", "recall"):
         assert scores[name] == pytest.approx(expected[name], rel=1e-4), name
-    # Whether labels fit is a question for images of the ten classes alone.
-    right = FashionClassifier.load()(sides[0])["probabilities"].argmax(1) == torch.arange(12) % 10
-    assert run("a.npz", "b")["class_consistency"] == pytest.approx(right.double().mean().item())
-    os.rename("b/bag", "b/cat")
-    assert "class_consistency" not in run("a.npz", "b")
 
 
 @torch.no_grad()
@@ -142,7 +137,7 @@ def test_a_reference_of_many_sizes_is_cropped(run, sides):
 def test_reconstructions(run, sides):
     tokenizer = Tokenizer(TokenizerConfig(**SIZES["tiny"], layout="2d"))
     tokenizer.save("tokenizer.safetensors")
-    y = to_uint8(tokenizer.decode(tokenizer.encode(to_float(sides[0].permute(0, 3, 1, 2)))))
+    y = to_uint8(tokenizer.decode(tokenizer.encode(to_float(sides[0]))))
     np.savez("y.npz", y)
     scores = run("--tokenizer", "tokenizer.safetensors", "--data", "a")
     assert scores["rfid"] == pytest.approx(run("y.npz", "a")["fid"], rel=1e-4)

@@ -90,7 +90,7 @@ def test_odd_entries_of_zips_and_folders(tmp_path):
     (mine / "cat" / "loop").symlink_to(mine)
     assert Images(mine).names == ["cat/1.png", "dog/1.png"]
     os.mkfifo(mine / "cat" / "pipe.png")
-    ((code, text),) = copies(1, "sample", "--pair", pipeline(), "--data", mine, "--out", tmp_path)
+    ((code, text),) = copies(1, *trainer("train_stage1", tmp_path), "--data", mine)
     assert code == 1 and "pipe.png is no regular file" in text  # and not the alarm
 
 
@@ -103,7 +103,7 @@ def test_classes_in_any_script_on_any_terminal(tmp_path, monkeypatch):
     data = ["--data", tmp_path / "train", "--out", tmp_path / "out"]
     call("train_stage1", *data, "--steps", 1, "--batch_size", 2, "--onestage")
     call("pretokenize", *data)
-    call("sample", *data, "--num_samples", 3, "--columns", 1, "--classes", apart, "猫")
+    call("sample", *data[2:], "--num_samples", 3, "--columns", 1, "--classes", apart, "猫")
     assert (tmp_path / "out" / "samples.npz").exists()
     assert rb"a row each of 0 caf\xe9, 2 \u732b" in terminal.buffer.getvalue()
 
@@ -127,9 +127,8 @@ def test_what_other_machines_leave(tmp_path, monkeypatch):
     call("sample", "--out", tmp_path / "tuned", *seed, *few)  # has a copy of the tokenizer
     tensors, cfg = read_safetensors(tmp_path / "tuned" / "ar.safetensors", "ar")
     tensors = {name: tensor.half() for name, tensor in tensors.items()}
-    save_checkpoint(tmp_path / "half.safetensors", "ar", tensors, cfg)
-    call("sample", "--pair", pipeline(), "--ar", tmp_path / "half.safetensors", *few, "--out",
-         tmp_path / "half")
+    save_checkpoint(tmp_path / "tuned" / "ar.safetensors", "ar", tensors, cfg)
+    call("sample", "--pair", tmp_path / "tuned", *few, "--out", tmp_path / "half")
     assert len(list(tmp_path.glob("*/samples.npz"))) == 2
 
 
@@ -141,6 +140,10 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
     half.write_bytes(SHOE[:500])
     np.savez(made / "large.npz", np.zeros((4, 32, 32, 3), np.uint8))
     other = ["--tokenizer", ROOT / "checkpoints" / "fashion_mnist" / "tokenizer.safetensors"]
+    for folder, ar in (("mixed", (pair / "ar.safetensors").read_bytes()), ("cut", SHOE[:500])):
+        (made / folder).mkdir()
+        (made / folder / "ar.safetensors").write_bytes(ar)
+        (made / folder / "tokenizer.safetensors").write_bytes(other[1].read_bytes())
     out = ["--out", tmp_path / "out"]
     draw = ["sample", "--pair", pair, *out]
     stage1 = ["train_stage1", *STEPS, *out, "--data"]
@@ -150,14 +153,15 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("a dataset of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
         ("1.png beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
         ("give --data", *stage1, files(made / "parent.zip", "train/cat/1.png", "val/cat/1.png")),
-        ("half.png cannot be read as an image", *stage1, made / "broken"),
+        ("half.png cannot be read as an image", "pretokenize", *other, *out, "--data",
+         made / "broken"),
         ("28 is not a multiple of the patch size 5", *stage1, cow, "--patch_size", 5),
         ("does not divide into 1 ranks", *stage1, cow, "--micro_batch_size", 3),
         ("cat is in one of them only", "pretokenize", *other, *out, "--data", cow, "--val_data",
          made / "broken"),
         ("was made by another tokenizer", *trainer("train_ar", tmp_path / "out"), *other),
-        ("codes of another tokenizer", *draw, *other),
-        ("half.png, which train_ar.py makes", *draw, "--ar", half),
+        ("codes of another tokenizer", *draw, "--pair", made / "mixed"),
+        ("ar.safetensors, which train_ar.py makes", *draw, "--pair", made / "cut"),
         ("which train_stage1.py makes", "sample", "--out", tmp_path / "mnie"),
         ("--classes 7: a number from 0 to 1", *draw, "--classes", 7),
         ("half.png cannot be read as an image", *draw, "--image", half),

@@ -38,7 +38,7 @@ def test_sweep_scores_the_images_that_sample_py_draws(tmp_path):
     rows = json.loads((tmp_path / "sweep.json").read_text())["rows"]
     gfid = {(row["cfg_visual"], row["top_k"]): row["gfid"] for row in rows}
     assert list(gfid.values()) == sorted(gfid.values())
-    drawn = json.loads(printed("fid", "--out", pipeline(), "--json"))  # with guidance 2
+    drawn = json.loads(printed("fid", "--out", pipeline()))  # with guidance 2
     assert gfid == {(2, 0): pytest.approx(drawn["fid"], rel=1e-4), (1, 0): mock.ANY}
 
 
@@ -71,7 +71,7 @@ def test_nearest_finds_what_was_copied(tmp_path):
 
 @torch.no_grad()
 def test_buttons_of_the_demo():
-    pair = load_pair(*(pipeline() / f"{name}.safetensors" for name in ("tokenizer", "ar")), "cpu")
+    pair = load_pair(pipeline(), "cpu")
     buttons = importlib.import_module("demo").Buttons(*pair, columns=3)
     chosen = [2.0, 1.0, 0.25, 1.0, 1.0]
     pictures, prologue, table, _ = buttons.resample("dog", 0, *chosen)

@@ -119,7 +119,7 @@ def main():
     args = parser.parse_args()
     out = Path(args.out)
     pair = pair_folder(args.pair)
-    tokenizer, ar = load_pair(pair / "tokenizer.safetensors", pair / "ar.safetensors", "cpu")
+    tokenizer, ar = load_pair(pair, "cpu")
     num_prologue = ar.cfg.num_prologue
 
     # Layers, on images that are spread over all classes
@@ -129,7 +129,7 @@ def main():
                          f"trained on {ar.cfg.num_classes}")
     indices = [i * len(images) // args.images for i in range(args.images)]
     crops = [center_crop(images.open(i), tokenizer.cfg.image_size) for i in indices]
-    x = to_float(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))  # (B, 3, H, W)
+    x = to_float(torch.from_numpy(np.stack(crops)))  # (B, 3, H, W)
     weights = attention_weights(ar, tokenizer.encode(x), images.labels[indices])
     save_figure(out / "ar_attention.png", draw_layers(weights.mean(1), num_prologue))
     if num_prologue == 0:

@@ -64,7 +64,7 @@ COLUMNS = {"rFID": "rfid", "PSNR": "psnr", "nats prologue": "val_nats_prologue",
 
 
 def script(folder, name, *words, **flags):
-    """Runs a script on one core, with all that it prints in cell.log; returns its last line."""
+    """Runs a script on one core, with all that it prints in cell.log; returns its output."""
     for flag, value in flags.items():
         words += (f"--{flag}", value)
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def script(folder, name, *words, **flags):
         log.write(result.stdout)
     if result.returncode != 0:
         raise SystemExit(f"{name} failed, see {folder / 'cell.log'}")
-    return result.stdout.rstrip().rpartition("\n")[2]
+    return result.stdout
 
 
 def best(folder, name, axes, *flags, seed):
@@ -87,7 +87,7 @@ def best(folder, name, axes, *flags, seed):
     settings = {axis.partition("=")[0]: row[axis.partition("=")[0]] for axis in axes}
     script(folder, "sample.py", *flags, pair=folder, out=out, num_samples=2000, seed=100 + seed,
            **settings)
-    scores = script(folder, "fid.py", out / "samples.npz", BUNDLED / "train", "--json")
+    scores = script(folder, "fid.py", out / "samples.npz", BUNDLED / "train")
     return "/".join(map(str, settings.values())), json.loads(scores)["fid"]
 
 
@@ -134,7 +134,7 @@ class Cells:
                 data = self.data / "train"
                 self.train(folder, "train_stage1.py", STAGE1, *flags, data=data, seed=seed)
                 script(folder, "pretokenize.py", out=folder, data=data)
-                scores = script(folder, "fid.py", "--json", data=BUNDLED / "val",
+                scores = script(folder, "fid.py", data=BUNDLED / "val",
                                 tokenizer=folder / "tokenizer.safetensors")
                 with writing(folder / "rfid.json") as temporary:
                     temporary.write_text(scores)

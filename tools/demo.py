@@ -74,7 +74,7 @@ class Buttons:
         k = cfg.num_prologue
         rows = min(round(share * cfg.grid), cfg.grid - 1)  # as sample.py's --keep
         crop = torch.tensor(center_crop(uploaded, cfg.image_size))  # (H, W, 3)
-        x = to_float(crop.permute(2, 0, 1)[None]).to(self.ar.head.weight.device)
+        x = to_float(crop[None]).to(self.ar.head.weight.device)
         codes = self.tokenizer.encode(x)  # (1, K+N)
         kept = codes.expand(self.columns, -1)
         prologue = kept[:, :k] if k > 0 else None
@@ -143,7 +143,7 @@ def main():
     args = parser.parse_args()
     device = setup(args.device)[2]
     pair = pair_folder(args.pair)
-    tokenizer, ar = load_pair(pair / "tokenizer.safetensors", pair / "ar.safetensors", device)
+    tokenizer, ar = load_pair(pair, device)
     if device.type == "cpu":
         pack_for_cpu(ar)
     settings = preset_settings(default_preset(ar), no_cfg=False)

@@ -69,14 +69,14 @@ def main():
     held_out = Images(args.val_data or default_val(images.path))
     tokenizer = Tokenizer.load(args.tokenizer).to(device) if args.tokenizer else None
     if args.by == "features":
-        _, network = fid.feature_network("auto", (size, size), None, device)
+        _, network = fid.feature_network((size, size), None, device)
 
     def vectors(batches, tokenizer=None):
         """Batches (B, H, W, 3) uint8, or what the tokenizer makes of them -> batches (B, d)"""
         for batch in batches:
             batch = batch.to(device)
             if tokenizer is not None:
-                codes = tokenizer.encode(to_float(batch.permute(0, 3, 1, 2)))
+                codes = tokenizer.encode(to_float(batch))
                 batch = to_uint8(tokenizer.decode(codes)).to(device)
             if args.by == "features":
                 yield network(batch)["pool"].float()

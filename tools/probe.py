@@ -75,7 +75,7 @@ def features(tokenizer, images, tokens, num_workers, epoch=None):
     batches = [batch.tolist() for batch in torch.arange(len(images)).split(100)]
     pooled = []
     for batch in tqdm(load_batches(load, batches, num_workers), total=len(batches), leave=False):
-        x = to_float(batch.permute(0, 3, 1, 2).to(device))  # (B, 3, H, W)
+        x = to_float(batch.to(device))  # (B, 3, H, W)
         pooled.append(pooled_tokens(tokenizer, x, tokens))
     return [torch.cat(rows) for rows in zip(*pooled)]
 

@@ -237,7 +237,6 @@ def import_ar(ar_file, tokenizer, preset):
         head_dim=len(net["layers.0.attn1.q_norm.weight"]),
         num_classes=num_classes,
         classes=imagenet_classes() if num_classes == 1000 else [],
-        tokenizer=tokenizer.fingerprint(),
         preset=preset,
     )
     return build(AR, cfg, weights)
@@ -275,6 +274,7 @@ def main():
     # Written only now that all three are known to fit: else what is in OUT stays as it is.
     out = Path(args.out)
     tokenizer.save(out / "tokenizer.safetensors")
+    ar.cfg.tokenizer = tokenizer.cfg.fingerprint
     ar.save(out / "ar.safetensors")
     print(f"{args.name} is imported to {out}. Next: python sample.py --out {out}")
 

@@ -91,7 +91,7 @@ def main():
     out = Path(args.out)
     pair = pair_folder(args.pair)
     _, _, device, _ = setup(args.device)
-    tokenizer, ar = load_pair(pair / "tokenizer.safetensors", pair / "ar.safetensors", device)
+    tokenizer, ar = load_pair(pair, device)
     preset = args.preset or default_preset(ar)
     settings = preset_settings(preset, args.no_cfg)
     print(f"{pair}, preset {preset}", flush=True)
@@ -100,7 +100,7 @@ def main():
     torch.backends.cudnn.allow_tf32 = False  # as in fid.py
     size = (tokenizer.cfg.image_size, tokenizer.cfg.image_size)
     reference = args.reference or fid.default_images(pair / "codes.safetensors", size, "train")
-    _, network = fid.feature_network("auto", size, args.inception, device)
+    _, network = fid.feature_network(size, args.inception, device)
     stored = fid.open_npz(reference)
     if "mu" in stored:
         statistics = (stored["mu"], stored["sigma"])
