@@ -140,6 +140,7 @@ def test_pipeline_leaves_what_it_says(capsys):
     assert np.load(out / "samples.npz")["arr_1"].tolist() == [0, 1, 0, 1, 0, 1]
     for name in TRAINERS:  # held-out measures have a line of their own
         assert [line["step"] for line in log(out / f"{name}.jsonl")] == [1, 2, 3, 3, 4, 5, 6, 6]
+    capsys.readouterr()
     call("fid", "--out", out)  # against the images that codes.safetensors names
     assert json.loads(capsys.readouterr().out)["reference"] == str(folder() / "train")
 
