@@ -346,15 +346,15 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return codes.clamp(max=logits.shape[-1] - 1)  # beyond the end only where logits are NaN
 
 
-def check_pair(tokenizer, ar, names=("the tokenizer", "the AR model")):
-    """Ends the run unless `ar` has the sizes of this tokenizer's codes and, as far as it knows, was
-    trained on them."""
+def check_pair(tokenizer, ar, names):
+    """Ends the run unless an AR model of the config `ar` has the sizes of the codes of a tokenizer
+    of the config `tokenizer`, and as far as it knows was trained on them. names: their files."""
     for key in ("num_prologue", "num_visual", "codebook_size", "prologue_codebook_size"):
-        a = getattr(tokenizer.cfg, key)
-        b = getattr(ar.cfg, key)
+        a = getattr(tokenizer, key)
+        b = getattr(ar, key)
         if a != b:
             raise SystemExit(f"{names[0]} and {names[1]} do not belong together: {key} is {a} in "
                              f"the one and {b} in the other")
-    if ar.cfg.tokenizer not in ("", tokenizer.cfg.fingerprint):
+    if ar.tokenizer not in ("", tokenizer.fingerprint):
         raise SystemExit(f"{names[1]} was trained on codes of another tokenizer than {names[0]}: "
                          "run pretokenize.py and train_ar.py again, or give that tokenizer")

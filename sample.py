@@ -99,7 +99,7 @@ def load_pair(folder, device):
     paths = (folder / "tokenizer.safetensors", folder / "ar.safetensors")
     tokenizer = Tokenizer.load(paths[0]).to(device)
     ar = AR.load(paths[1]).to(device)
-    check_pair(tokenizer, ar, names=paths)
+    check_pair(tokenizer.cfg, ar.cfg, names=paths)
     if ar.cfg.num_classes == 0:
         raise SystemExit(f"{paths[1]} is a joint AR model of stage 1, train_ar.py makes others")
     return tokenizer, ar

@@ -535,8 +535,7 @@ def load_model(path, kind, build):
 
 def load_state(path, fixed, resume):
     """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
-    The log beside it, .jsonl, then ends where it ended in that state. All ranks do as the first:
-    one that does not see its file says so."""
+    All ranks do as the first: one that does not see its file says so."""
     first = not dist.is_initialized() or dist.get_rank() == 0
     there = [path.exists()]
     if dist.is_initialized():
@@ -554,14 +553,10 @@ def load_state(path, fixed, resume):
             if first and state["fixed"][name] != value:  # on other nodes copies of data may differ
                 raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, "
                                  f"this run has {value}")
-    if first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".jsonl"), "a") as log:
-            log.truncate(min(state["log_size"], log.tell()) if state else 0)
-        if state:
-            print(f"going on from step {state['step']}", flush=True)
-        elif there[0]:
-            print(f"note: this run replaces that of {path}, with which --resume would go on")
+    if first and state:
+        print(f"going on from step {state['step']}", flush=True)
+    elif first and there[0]:
+        print(f"note: this run replaces that of {path}, with which --resume would go on")
     return state
 
 
@@ -587,10 +582,14 @@ def log_entry(step, lr, terms, seconds, args):
     return entry
 
 
-def report(entry, path, args):
-    """A line of a trainer's log: in the file, with --wandb at Weights & Biases, and for people."""
+def report(entry, path, size, args):
+    """A line of a trainer's log: in the file, of which the first `size` bytes are this run's, with
+    --wandb at Weights & Biases, and for people. Returns the new size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as log:
-        print(json.dumps(entry), file=log)
+        log.truncate(min(size, log.tell()))
+        print(json.dumps(entry), file=log, flush=True)
+        size = log.tell()
     if args.wandb:
         import wandb
 
@@ -599,6 +598,7 @@ def report(entry, path, args):
     words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
     with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
         print("  ".join(words), flush=True)
+    return size
 
 
 def setup(device="auto", dtype="fp32", timeout_hours=1):

@@ -8,8 +8,7 @@ replaced by "unconditional" (which classifier-free guidance needs), and the cros
 [prologue, EOS, visual] is the whole loss.
 
 In --out it leaves ar.safetensors (the raw weights, which are sampled) and beside it the tokenizer,
-train_ar.jsonl (the log), train_ar.png (samples of the first classes, without guidance) and
-train_ar.pt (the state for --resume).
+train_ar.jsonl (the log) and train_ar.pt (the state for --resume).
 """
 
 import argparse
@@ -26,9 +25,9 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig, check_pair
-from pretokenize import save_grid, to_uint8, visited_images
-from tokenizer import (Tokenizer, TokenizerConfig, compile_blocks, learning_rate, load_state,
-                       log_entry, read_safetensors, report, setup, writing)
+from pretokenize import visited_images
+from tokenizer import (TokenizerConfig, compile_blocks, learning_rate, load_state, log_entry,
+                       read_safetensors, report, setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -60,7 +59,7 @@ class Tokens:
 # Model and optimization
 
 
-def build_model(args, tokens, tokenizer):
+def build_model(args, tokens):
     """A new AR model for the codes, or one that starts from the weights of --init, whatever its
     classes are: a class with a known name keeps its embedding, any other starts as their mean."""
     cfg = ARConfig.for_tokenizer(tokens.cfg, **SIZES[args.size], num_classes=len(tokens.classes),
@@ -70,7 +69,7 @@ def build_model(args, tokens, tokenizer):
         return AR(cfg)
     old = AR.load(args.init)
     old.cfg.tokenizer = ""  # only the sizes have to agree
-    check_pair(tokenizer, old, names=("the tokenizer", args.init))
+    check_pair(tokens.cfg, old.cfg, names=("the codes", args.init))
     ar = AR(replace(cfg, layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim,
                     preset=old.cfg.preset))
     weights = old.state_dict()
@@ -102,16 +101,6 @@ def evaluate(ar, tokens, count, device, autocast):
             sums[name] += values.sum().item() / count
     nats = sum(value for name, value in sums.items() if name.startswith("nats"))
     return {"val_nats": nats} | {f"val_{name}": value for name, value in sums.items()}
-
-
-@torch.no_grad()
-def save_samples(path, ar, tokenizer, seed, device, autocast):
-    """Ten samples of each of the first classes, without guidance, with the same noise each time."""
-    labels = torch.arange(min(10, ar.cfg.num_classes), device=device).repeat_interleave(10)
-    with autocast:
-        codes = ar.generate(labels, generator=torch.Generator().manual_seed(seed))
-        images = to_uint8(tokenizer.decode(codes))
-    save_grid(path, images.split(10))
 
 
 # The script
@@ -172,33 +161,33 @@ def main():
         raise SystemExit(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
                          f"with micro-batches of {micro}")
 
-    # Tokens, and the tokenizer that made them
+    # Tokens, all of one tokenizer, of which --out gets a copy, so that it holds a pair
     codes_path = Path(args.codes or out / "codes.safetensors")
     tokens = Tokens(codes_path, args.no_classes)
     val_path = codes_path.with_stem(f"{codes_path.stem}_val")
     val_tokens = Tokens(val_path, args.no_classes) if val_path.exists() else None
-    tokenizer_path = Path(args.tokenizer or out / "tokenizer.safetensors")
-    tokenizer = Tokenizer.load(tokenizer_path).to(device)
-    fingerprint = tokenizer.cfg.fingerprint
-    for path, some in ((codes_path, tokens), (val_path, val_tokens)):
-        if some is not None and some.cfg.fingerprint != fingerprint:
-            raise SystemExit(f"{path} was made by another tokenizer than {tokenizer_path}: run "
-                             "pretokenize.py again")
+    own = out / "tokenizer.safetensors"
+    tokenizer_path = Path(args.tokenizer or own)
+    made_by = [tokenizer_path, own] if own.exists() else [tokenizer_path]
+    fingerprints = {path: read_safetensors(path, "tokenizer")[1].get("fingerprint")
+                    for path in made_by}
+    if val_tokens is not None:
+        fingerprints[val_path] = val_tokens.cfg.fingerprint
+    for path, fingerprint in fingerprints.items():
+        if fingerprint != tokens.cfg.fingerprint:
+            raise SystemExit(f"{path} and {codes_path} are of two tokenizers: run pretokenize.py "
+                             "again, or give the tokenizer of these codes, or another --out")
     num_images, num_crops, length = tokens.codes.shape
     if rank == 0:
         print(f"{codes_path}: {num_images} images of {len(tokens.classes)} classes x {num_crops} "
               f"crops x {length} codes", flush=True)
-        own = out / "tokenizer.safetensors"
-        if not own.exists():  # so that --out holds a pair
+        if not own.exists():
             with writing(own) as temporary:
                 shutil.copyfile(tokenizer_path, temporary)
-        elif Tokenizer.load(own).cfg.fingerprint != fingerprint:
-            raise SystemExit(f"{own} is another tokenizer than {tokenizer_path}: another --out is "
-                             "needed")
 
     # Model and optimizer
     torch.manual_seed(args.seed)
-    ar = build_model(args, tokens, tokenizer).to(device)
+    ar = build_model(args, tokens).to(device)
     matrices = [p for p in ar.parameters() if p.ndim > 1]  # weight decay falls on these only
     vectors = [p for p in ar.parameters() if p.ndim < 2]
     groups = [dict(params=matrices, weight_decay=args.weight_decay),
@@ -210,6 +199,7 @@ def main():
     # Resume
     log = out / "train_ar.jsonl"
     start_step = 0
+    log_size = 0
     lowest = (float("inf"), 0)  # held-out nats, and their step
     fixed = dict(ar=asdict(ar.cfg), codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
                  beta2=args.beta2, weight_decay=args.weight_decay)
@@ -218,6 +208,7 @@ def main():
         ar.load_state_dict(state["ar"])
         optimizer.load_state_dict(state["optimizer"])
         start_step = state["step"]
+        log_size = state["log_size"]
         lowest = state["lowest"]
 
     # Compilation and ranks
@@ -274,24 +265,22 @@ def main():
             seconds = (time.perf_counter() - clock) / (step - clock_step)
             entry = log_entry(step, lr, terms, seconds, args)
             if rank == 0:
-                report(entry, log, args)
+                log_size = report(entry, log, log_size, args)
 
-        # Held-out measures and samples
-        if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
+        # Held-out measures
+        if (step % args.eval_every == 0 or step == args.steps) and rank == 0 and val_tokens:
             ar.eval()
             with torch.compiler.set_stance("force_eager"):  # these shapes would recompile
-                if val_tokens is not None:
-                    measures = evaluate(ar, val_tokens, args.eval_images, device, autocast)
-                    lowest = min(lowest, (measures["val_nats"], step))
-                    measures |= {"lowest_nats": lowest[0], "lowest_step": lowest[1]}
-                    report({"step": step} | measures, log, args)
-                save_samples(out / "train_ar.png", ar, tokenizer, args.seed, device, autocast)
+                measures = evaluate(ar, val_tokens, args.eval_images, device, autocast)
+            lowest = min(lowest, (measures["val_nats"], step))
+            measures |= {"lowest_nats": lowest[0], "lowest_step": lowest[1]}
+            log_size = report({"step": step} | measures, log, log_size, args)
             ar.train()
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
         if (step % args.save_every == 0 or step == args.steps) and rank == 0:
             ar.save(out / "ar.safetensors")
-            state = dict(step=step, log_size=log.stat().st_size, lowest=lowest, fixed=fixed,
+            state = dict(step=step, log_size=log_size, lowest=lowest, fixed=fixed,
                          ar=ar.state_dict(), optimizer=optimizer.state_dict())
             with writing(out / "train_ar.pt") as temporary:
                 torch.save(state, temporary)

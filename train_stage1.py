@@ -432,10 +432,12 @@ def main():
                  flip=args.flip, batch_size=args.batch_size, seed=args.seed)
     state = load_state(out / "train_stage1.pt", fixed, args.resume)
     start_step = 0
+    log_size = 0
     if state is not None:
         for part, saved in zip(parts, state["parts"]):
             part.load_state_dict(saved)
         start_step = state["step"]
+        log_size = state["log_size"]
 
     # Compilation and ranks
     for module in stage1.modules():
@@ -529,14 +531,14 @@ def main():
             seconds = (time.perf_counter() - clock) / (step - clock_step)
             entry = log_entry(step, lr, terms, seconds, args)
             if rank == 0:
-                report(entry, log, args)
+                log_size = report(entry, log, log_size, args)
 
         # Held-out measures and pictures
         if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
             with torch.compiler.set_stance("force_eager"):  # these shapes would recompile
                 measures = evaluate(out / "train_stage1.png", final, ar, val_images, args, device,
                                     autocast)
-                report({"step": step} | measures, log, args)
+                log_size = report({"step": step} | measures, log, log_size, args)
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
         if (step % args.save_every == 0 or step == args.steps) and rank == 0:
@@ -545,7 +547,7 @@ def main():
             if ar is not None:
                 ar.cfg.tokenizer = final.cfg.fingerprint if args.onestage else ""
                 ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
-            state = dict(step=step, log_size=log.stat().st_size, fixed=fixed,
+            state = dict(step=step, log_size=log_size, fixed=fixed,
                          parts=[part.state_dict() for part in parts])
             with writing(out / "train_stage1.pt") as temporary:
                 torch.save(state, temporary)

@@ -128,8 +128,8 @@ def test_pipeline_leaves_what_it_says(capsys):
     assert contents(out).keys() == {
         "tokenizer.safetensors", "joint_ar.safetensors", "train_stage1.jsonl", "train_stage1.png",
         "train_stage1.pt", "codes.safetensors", "codes_val.safetensors", "ar.safetensors",
-        "train_ar.jsonl", "train_ar.png", "train_ar.pt", "samples.npz", "samples.json",
-        "samples.png", "fixed_prologue.png"}
+        "train_ar.jsonl", "train_ar.pt", "samples.npz", "samples.json", "samples.png",
+        "fixed_prologue.png"}
     tokens = load_file(out / "codes.safetensors")
     assert tokens["codes"].shape == (48, 2, 8 + 49)
     assert tokens["labels"].tolist() == [0] * 24 + [1] * 24
