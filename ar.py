@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenizer import (RMSNorm, Transformer, attention, can_flash, init_weights, load_model,
-                       rope_angles, rope_axis_dims, save_checkpoint)
+from tokenizer import (RMSNorm, Transformer, attention, init_weights, load_model, rope_angles,
+                       rope_axis_dims, save_checkpoint)
 
 # Paper table A4, but XL is 32 x 1280: the table's 24 x 2048 is a typo, its authors say. S is the
 # joint AR of stage 1, nano the joint AR of the tiny tokenizer.
@@ -294,11 +294,6 @@ class KVCache:
             self.v[:, start] = v
             mask = torch.arange(self.length, device=q.device) <= start  # (L,)
             return attention(q, self.k, self.v, mask=mask[None])
-        if can_flash(q.device, q.dtype):
-            from flash_attn import flash_attn_with_kvcache
-
-            return flash_attn_with_kvcache(q, self.k, self.v, k, v, cache_seqlens=start,
-                                           causal=True)
         end = start + k.shape[1]
         self.k[:, start:end] = k
         self.v[:, start:end] = v

@@ -281,8 +281,6 @@ def main():
     elif device.type == "cpu" and args.dtype == "fp32":
         pack_for_cpu(ar)
     batch_size = max(1, args.batch_size // world_size)
-    if 0 < args.num_samples < world_size:
-        raise SystemExit(f"--num_samples {args.num_samples} is less than one for each rank")
 
     # Settings: those of the preset, where no flag says otherwise
     preset = args.preset or default_preset(ar)

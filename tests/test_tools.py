@@ -109,7 +109,7 @@ def test_claims(tmp_path, monkeypatch):
     (tmp_path / "fashion_mnist_full.zip").symlink_to(folder())
     table = printed("claims", "2d", "--seeds", 0, "--scale", 0.002, "--out", tmp_path)
     assert table.splitlines()[-1].startswith("| 2d | 0 | ")
-    assert Image.open(tmp_path / "claims.png").size == (20 * 58 + 2, 58 + 2)
+    assert Image.open(tmp_path / "claims.png").size == (100 + 16 * 58 + 2, 58 + 2)
 
 
 ROWS = {"stage1": "prologue_b prologue_l 1d 2d 2d_l post onestage direct_2d_3 one_gpu",

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -178,11 +179,13 @@ def column_text(cells, key):
 
 
 def report(out):
-    """Prints the table; claims.png has a row of samples for each of its rows, of its first seed."""
+    """Prints the table; claims.png has samples for each of its rows, of its first seed, beside the
+    row's name and best temperatures."""
     cells = [json.loads(path.read_text()) for path in out.glob("*/cell.json")]
     cells.sort(key=lambda cell: cell["seed"])
     print(f"| row | seeds | {' | '.join(COLUMNS)} |\n{'| --- ' * (len(COLUMNS) + 2)}|")
     pictures = []
+    labels = []
     for name, row in ROWS.items():
         of_row = [cell for cell in cells if cell["row"] == name]
         if not of_row:
@@ -195,8 +198,15 @@ def report(out):
         texts = [column_text(of_row, key) for key in COLUMNS.values()]
         print(f"| {name} | {seeds} | {' | '.join(texts)} |")
         samples = Path(of_row[0]["folder"]) / "plain" / "samples.npz"
-        pictures.append(np.load(samples)["arr_0"][:20])
+        pictures.append(np.load(samples)["arr_0"][:16])
+        labels.append(f"{name}\n{of_row[0]['settings']}")
     save_grid(out / "claims.png", pictures)
+    sheet = Image.open(out / "claims.png")
+    height = sheet.height // len(labels)
+    labelled = ImageOps.expand(sheet, (100, 0, 0, 0), "white")
+    for i, label in enumerate(labels):
+        ImageDraw.Draw(labelled).text((4, height * i + 16), label, "black")
+    labelled.save(out / "claims.png")
 
 
 def main():
