@@ -14,8 +14,7 @@ holds the visual codes 0..9, the prologue codes 10..13 and EOS = 14, which stand
 
 Without a prologue (K = 0) there is no EOS: the tokens are the N codes.
 
-Letters in shapes: B images, N visual tokens, K prologue tokens, L = K+1+N tokens (or N), T tokens
-of any kind, D width, d width of a head, V visual and P prologue codebook size.
+Letters in shapes are those of tokenizer.py, and L = K+1+N (or N) tokens.
 """
 
 import math
@@ -127,20 +126,27 @@ class AR(nn.Module):
             head = padded_linear if x.is_cuda else F.linear
             return head(self.norm(x), self.head.weight)
 
+    def parameter_groups(self, weight_decay, **settings):
+        """Of AdamW: weight decay falls on matrices only."""
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim < 2]
+        return [dict(params=matrices, weight_decay=weight_decay, **settings),
+                dict(params=vectors, weight_decay=0.0, **settings)]
+
     @torch.no_grad()
     def measure(self, codes, labels):
-        """How well codes (B, K+N) are predicted, by token group: a dict of nats per image (B,) and
-        top-1 accuracy (B,), as nats_prologue, accuracy_prologue, nats_eos, ..., nats_visual."""
+        """How well codes (B, K+N) are predicted, in all and by token group: a dict of nats per
+        image (B,) and top-1 accuracy (B,), as nats, nats_prologue, accuracy_prologue, ..."""
         k = self.cfg.num_prologue
         tokens = self.sequence(codes)  # (B, L)
         logits = self(codes, labels)  # (B, L, vocabulary)
         nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
         nats = nats.view(tokens.shape)  # (B, L)
         right = (logits.argmax(-1) == tokens).float()  # (B, L)
-        groups = {"visual": slice(0, None)}
+        groups = {"visual": slice(-self.cfg.num_visual, None)}
         if k > 0:
-            groups = {"prologue": slice(0, k), "eos": slice(k, k + 1), "visual": slice(k + 1, None)}
-        result = {}
+            groups |= {"prologue": slice(k), "eos": slice(k, k + 1)}
+        result = {"nats": nats.sum(1)}
         for name, places in groups.items():
             result[f"nats_{name}"] = nats[:, places].sum(1)
             result[f"accuracy_{name}"] = right[:, places].mean(1)
@@ -166,11 +172,11 @@ class AR(nn.Module):
         least len(scales)). sampling: of sample_codes. Returns codes (B, len(scales)), counted from
         0 in `rows`. Where a shape says 2B, it is B without guidance.
         """
-        x = self.embedding(prefix)  # (B, T, D)
-        guided = any(scale != 1 for scale in scales)
-        if guided:  # the class and the unconditional half run as one batch
+        halves = 1
+        if any(scale != 1 for scale in scales):
+            halves = 2  # the class and the unconditional one run as one batch
             labels = torch.cat([labels, torch.full_like(labels, self.cfg.num_classes)])
-            x = x.repeat(2, 1, 1)  # (2B, T, D)
+        x = self.embedding(prefix).repeat(halves, 1, 1)  # (2B, T, D)
         x = torch.cat([self.bos(labels)[:, None], x], 1)  # (2B, 1+T, D)
         compiled = self.compiled_step is not None
         caches = [KVCache(self.length, compiled) for _ in self.transformer.blocks]
@@ -178,7 +184,6 @@ class AR(nn.Module):
             caches = self.caches.setdefault(len(x), caches)  # those of an earlier call, if any
         start = 0
         codes = []
-        finite = True
         for i, scale in enumerate(scales):
             if compiled and i > 0:
                 h = self.compiled_step(x, caches, torch.full((1,), start, device=x.device))
@@ -187,16 +192,13 @@ class AR(nn.Module):
             start += x.shape[1]
             with torch.autocast(h.device.type, enabled=False):
                 logits = self.head(h)[:, rows]  # (2B, codes), those that are allowed here
-            if guided:
+            if halves == 2:
                 conditional, unconditional = logits.chunk(2)
                 logits = scale * conditional + (1 - scale) * unconditional  # (B, codes)
-            finite = logits.isfinite().all() & finite
             code = sample_codes(logits, noise[:, i], **sampling)  # (B,)
             codes.append(code)
-            x = self.embedding(code + rows.start)[:, None]  # (B, 1, D)
-            if guided:
-                x = x.repeat(2, 1, 1)  # (2B, 1, D)
-        if not finite:
+            x = self.embedding(code + rows.start)[:, None].repeat(halves, 1, 1)  # (2B, 1, D)
+        if not logits.isfinite().all():
             raise SystemExit("the logits are not finite: the weights are damaged, or the guidance "
                              "is extreme")
         return torch.stack(codes, 1)
@@ -341,15 +343,3 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     return codes.clamp(max=logits.shape[-1] - 1)  # beyond the end only where logits are NaN
 
 
-def check_pair(tokenizer, ar, names):
-    """Ends the run unless an AR model of the config `ar` has the sizes of the codes of a tokenizer
-    of the config `tokenizer`, and as far as it knows was trained on them. names: their files."""
-    for key in ("num_prologue", "num_visual", "codebook_size", "prologue_codebook_size"):
-        a = getattr(tokenizer, key)
-        b = getattr(ar, key)
-        if a != b:
-            raise SystemExit(f"{names[0]} and {names[1]} do not belong together: {key} is {a} in "
-                             f"the one and {b} in the other")
-    if ar.tokenizer not in ("", tokenizer.fingerprint):
-        raise SystemExit(f"{names[1]} was trained on codes of another tokenizer than {names[0]}: "
-                         "run pretokenize.py and train_ar.py again, or give that tokenizer")

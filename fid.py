@@ -12,9 +12,7 @@ and recall.
 
 import argparse
 import json
-import math
 import os
-import random
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -25,8 +23,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pretokenize import BUNDLED, Images, center_crop, load_batches, psnr, to_float, to_uint8
-from tokenizer import Tokenizer, check_finite, read_safetensors, setup
+from pretokenize import (BUNDLED, Images, center_crop, load_batches, psnr, to_float, to_uint8,
+                         visited_images)
+from tokenizer import Tokenizer, read_safetensors, setup
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
@@ -35,8 +34,8 @@ WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.
 
 
 def image_batches(path, batch_size, size=None, crop=False):
-    """Images of an .npz, a folder or a zip -> count, (H, W), iterator of uint8 (B, H, W, 3). All
-    have one size, `size` (H, W) where it is given; `crop` makes image files ADM's centre crops."""
+    """Images of an .npz, a folder or a zip -> (H, W), iterator of uint8 (B, H, W, 3). All have one
+    size, `size` (H, W) where it is given; `crop` makes image files ADM's centre crops."""
 
     def check(shape, name):
         if tuple(shape) != tuple(size or shape):
@@ -48,12 +47,10 @@ def image_batches(path, batch_size, size=None, crop=False):
         if array is None or array.dtype != np.uint8 or array.shape[3:] != (3,):
             raise SystemExit(f"{path}: arr_0 should be images as uint8 of shape (N, H, W, 3)")
         check(array.shape[1:3], path)
-        return len(array), array.shape[1:3], iter(torch.from_numpy(array).split(batch_size))
+        return array.shape[1:3], torch.from_numpy(array).split(batch_size)
 
     images = Images(path)
-    order = list(range(len(images)))
-    random.Random(0).shuffle(order)  # a split of the Inception Score should hold all classes
-    size = size or images.open(order[0]).size[::-1]
+    size = size or images.open(0).size[::-1]
 
     def load(index):
         image = images.open(index)
@@ -61,8 +58,9 @@ def image_batches(path, batch_size, size=None, crop=False):
         check(pixels.shape[:2], images.names[index])
         return pixels
 
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return len(images), size, load_batches(load, batches, min(8, os.cpu_count()))
+    # In random order: a split of the Inception Score should hold all classes
+    order = torch.tensor(visited_images(0, 0, len(images), len(images)))
+    return size, load_batches(load, order.split(batch_size), min(8, os.cpu_count()))
 
 
 def open_npz(path):
@@ -118,10 +116,9 @@ class Inception(nn.Module):
 
 
 def feature_network(size, inception, device):
-    """The name of the network for images of size (H, W), and itself: Inception, with weights from
-    the file `inception` if one is given, or for 28 x 28 a classifier of Fashion-MNIST, which needs
-    no download. It maps uint8 (B, H, W, 3) to a dict as Inception does ("spatial" may be missing).
-    """
+    """The name of the network for images of size (H, W), and itself: Inception, or for 28 x 28
+    without a file `inception` of weights a classifier of Fashion-MNIST, which needs no download
+    and gives the same dict without "spatial"."""
     if inception is not None or tuple(size) != (28, 28):
         return "inception", Inception(inception).to(device)
     from data.fashion_mnist_features import FashionClassifier
@@ -139,8 +136,7 @@ def moments(x):
 
 
 def inception_score(p, split=5000):
-    """Mean over splits of consecutive images of exp(mean KL(p(y|x) || p(y))), for p (N, classes).
-    """
+    """Mean over splits of consecutive images of exp(mean KL(p(y|x) || p(y))); p (N, classes)."""
     scores = []
     for part in p.double().split(split):
         p_y = part.mean(0)  # (classes,)
@@ -150,14 +146,14 @@ def inception_score(p, split=5000):
 
 
 @torch.no_grad()
-def extract(network, batches, device, total=None, title=None):
+def extract(network, batches, device):
     """Runs batches of images uint8 (B, H, W, 3) through a network of `feature_network`.
 
     Returns "pool" and, from Inception, "spatial": (mu, sigma); "inception_score"; "features": pool
     (N, d) float32.
     """
     outputs = defaultdict(list)
-    for images in tqdm(batches, desc=title, total=total, unit="batch"):
+    for images in tqdm(batches, unit="batch"):
         for name, rows in network(images.to(device)).items():
             outputs[name].append(rows.float().cpu())
     outputs = {name: torch.cat(rows) for name, rows in outputs.items()}
@@ -183,23 +179,22 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, float(distance))
 
 
-def radii(points, k, block):
-    """Distance of each point (n, d) to its k-th nearest neighbour, (n,)."""
-    k = min(k + 1, len(points))  # the nearest is the point itself
-    return torch.cat([torch.cdist(rows, points).topk(k, largest=False).values[:, -1]
+def radii(points, block):
+    """Distance of each point (n, d) to its third nearest neighbour, (n,); the first is itself."""
+    return torch.cat([torch.cdist(rows, points).topk(4, largest=False).values[:, -1]
                       for rows in points.split(block)])
 
 
-def precision_recall(samples, reference, k=3, block=1000):
+def precision_recall(samples, reference, block=1000):
     """Improved precision and recall of features (n, d) and (m, d) float32.
 
     A point lies in the manifold of a set if it is no further from some point of the set than that
-    point's k-th nearest neighbour in the set is. Precision is the share of samples in the
+    point's third nearest neighbour in the set is. Precision is the share of samples in the
     manifold of the reference, recall the share of reference images in that of the samples.
     Source: https://arxiv.org/abs/1904.06991
     """
-    sample_radii = radii(samples, k, block)  # (n,)
-    reference_radii = radii(reference, k, block)  # (m,)
+    sample_radii = radii(samples, block)  # (n,)
+    reference_radii = radii(reference, block)  # (m,)
     precise = []
     recalled = torch.zeros(len(reference), dtype=torch.bool, device=reference.device)
     # In blocks of samples: all n x m distances at once would not fit in memory.
@@ -211,8 +206,7 @@ def precision_recall(samples, reference, k=3, block=1000):
 
 
 def reconstructions(tokenizer, batches, device, ratios):
-    """What a tokenizer makes of batches of images uint8 (B, H, W, 3); their PSNR goes to `ratios`.
-    """
+    """What a tokenizer makes of batches of uint8 images (B, H, W, 3); their PSNR goes to ratios."""
     for originals in batches:
         x = to_float(originals.to(device))  # (B, 3, H, W)
         images = to_uint8(tokenizer.decode(tokenizer.encode(x)))  # (B, H, W, 3)
@@ -242,17 +236,14 @@ def parse_args():
          "beside the samples was made of, centre-cropped, or the bundled ones for 28 x 28")
     flag("--crop", action="store_true", help="centre-crop the reference's images to the samples' "
          "size, as training has done: right for photos of many sizes")
-    flag("--tokenizer", metavar="FILE", help="score its reconstructions of --data instead")
-    flag("--data", help="images for --tokenizer; else the held-out ones beside it, or bundled")
+    flag("--tokenizer", metavar="FILE", help="score what it makes of the first argument's images; "
+         "else of the held-out images beside it, or bundled ones")
     flag("--inception", metavar="FILE", help="torch-fidelity's weights; else downloaded, or for "
          "28 x 28 the features of a classifier of Fashion-MNIST")
     flag("--batch_size", type=int, default=100, help="images per forward")
     flag("--out", default="out", help="folder where samples.npz is looked for")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
-    args = parser.parse_args()
-    if args.tokenizer and args.samples or args.data and not args.tokenizer:
-        parser.error("--tokenizer scores its reconstructions of --data, and --data is only for it")
-    return args
+    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
+    return parser.parse_args()
 
 
 @torch.no_grad()
@@ -266,35 +257,34 @@ def main():
         tokenizer = Tokenizer.load(args.tokenizer).to(device)
         size = (tokenizer.cfg.image_size, tokenizer.cfg.image_size)
         codes_path = Path(args.tokenizer).with_name("codes_val.safetensors")
-        reference = args.data or default_images(codes_path, size, "val")
-        count, _, originals = image_batches(reference, args.batch_size, size, crop=True)
+        reference = args.samples or default_images(codes_path, size, "val")
+        _, originals = image_batches(reference, args.batch_size, size, crop=True)
         ratios = []
         batches = reconstructions(tokenizer, originals, device, ratios)
         result = {"samples": f"reconstructions by {args.tokenizer}"}
     else:
         path = args.samples or str(Path(args.out) / "samples.npz")
-        count, size, batches = image_batches(path, args.batch_size)
+        size, batches = image_batches(path, args.batch_size)
         codes_path = Path(path).with_name("codes.safetensors")
         reference = args.reference or default_images(codes_path, size, "train")
         result = {"samples": path}
     name, network = feature_network(size, args.inception, device)
-    result |= {"reference": reference, "features": name, "count": count}
+    result |= {"reference": reference, "features": name}
 
     # Features; the statistics that a reference stores count, and not those of its images
     against = {}
     stored = open_npz(reference)
     if "arr_0" in stored or not stored:
         crop = args.tokenizer or args.crop or args.reference is None
-        n, _, originals = image_batches(reference, args.batch_size, size, crop)
-        against = extract(network, originals, device, math.ceil(n / args.batch_size), "reference")
+        _, originals = image_batches(reference, args.batch_size, size, crop)
+        against = extract(network, originals, device)
     for feature, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
         if mu in stored:
             against[feature] = (stored[mu], stored[sigma])
-    samples = extract(network, batches, device, math.ceil(count / args.batch_size), "samples")
+    samples = extract(network, batches, device)
+    count = result["count"] = len(samples["features"])
 
     # Scores
-    if len(samples["pool"][0]) != len(against["pool"][0]):
-        raise SystemExit(f"{reference} stores statistics of another network than {name}")
     result["rfid" if args.tokenizer else "fid"] = frechet_distance(*samples["pool"],
                                                                    *against["pool"])
     if "spatial" in samples and "spatial" in against:
@@ -306,11 +296,8 @@ def main():
     if args.tokenizer:
         result["psnr"] = torch.cat(ratios).double().mean().item()
 
-    # Print
-    numbers = {key: value for key, value in result.items() if isinstance(value, float)}
-    check_finite("images, statistics or weights are damaged",
-                 {key: torch.tensor(value) for key, value in numbers.items()})
-    print(json.dumps(result, indent=1))
+    # Print; not what is not finite, of damaged images, statistics or weights
+    print(json.dumps(result, indent=1, allow_nan=False))
     if count < 10000:
         print("note: fewer than 10,000 images: these numbers are biased, compare only at equal "
               "counts", file=sys.stderr)

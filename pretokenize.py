@@ -11,14 +11,15 @@ images: reading them out of folders and zips, ADM's crops, and picture sheets.
 
 import argparse
 import collections
-import csv
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import posixpath
+import re
 import shutil
 import unicodedata
 import zipfile
@@ -33,7 +34,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from tokenizer import Tokenizer, read_safetensors, save_checkpoint, setup, writing
+from tokenizer import Tokenizer, finish, read_safetensors, save_checkpoint, setup, writing
 
 BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -51,7 +52,7 @@ def to_float(images):
 def to_uint8(images):
     """(B, 3, H, W) in [-1, 1] -> uint8 (B, H, W, 3) on the CPU. The 128 is 127.5 + 0.5 for
     rounding, because the cast truncates; to_uint8(to_float(x)) is x."""
-    levels = (images.float() * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+    levels = (images * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu()
 
 
@@ -64,11 +65,15 @@ def psnr(a, b):
 # Images in folders and zips
 
 
-def open_image(place, file):
-    """A PIL image in RGB of a file: upright, transparency on white, 16 bits scaled to 8. `place`
-    names it in messages."""
+def open_image(file, archive=None):
+    """A PIL image in RGB of a file, or of an entry of the zip `archive`, whatever its mode and
+    extension: upright, transparency on white, 16 bits scaled to 8."""
+    place = f"{file} in {archive}" if archive else file
+    if not archive and not os.path.isfile(file):  # to read from a pipe would wait for ever
+        raise SystemExit(f"{place} is no regular file")
     try:
-        with Image.open(file) as image:
+        source = io.BytesIO(open_zip(archive).read(file)) if archive else file
+        with Image.open(source) as image:
             if image.mode in ("F", "I"):
                 raise SystemExit(f"{place} holds floats or 32-bit integers, whose range is unknown:"
                                  " save it with 8 or 16 bits")
@@ -154,9 +159,9 @@ class Images:
         if folders[0] == "":
             folders = self.classes_of_kaggle() or folders
         folders = [unicodedata.normalize("NFC", folder) for folder in folders]
-        self.classes = sorted(set(folders))
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = torch.tensor([number[folder] for folder in folders])
+        classes, labels = np.unique(folders, return_inverse=True)  # sorted
+        self.classes = classes.tolist()
+        self.labels = torch.from_numpy(labels)
 
     def classes_of_kaggle(self):
         """The class of each image by LOC_val_solution.csv, or None if no table is about them."""
@@ -167,10 +172,10 @@ class Images:
                 data = open_zip(archive).read(inside[:-1]) if archive else file.read_bytes()
             except (KeyError, OSError):
                 continue
-            rows = csv.reader(data.decode().splitlines())
-            table = {row[0]: row[1].split()[0] for row in rows if len(row) > 1}
+            table = dict(re.findall(r"^(\S+?),(\S+)", data.decode(), re.M))  # name,class ...
             classes = [table.get(Path(name).stem) for name in self.names]
-            return classes if all(classes) else None  # None: it is about other images
+            if all(classes):  # else it is about other images
+                return classes
         return None
 
     def __len__(self):
@@ -180,17 +185,7 @@ class Images:
         return f"{self.path}: {len(self)} images of {len(self.classes)} classes"
 
     def open(self, index):
-        """A PIL image in RGB, whatever the file's mode or extension."""
-        place = self.places[index]
-        if self.archive:
-            try:
-                file = io.BytesIO(open_zip(self.archive).read(place))
-            except Exception as error:  # a damaged or encrypted entry
-                raise SystemExit(f"{place} in {self.archive} cannot be read: {error}") from None
-            return open_image(f"{place} in {self.archive}", file)
-        if not os.path.isfile(place):  # to read from a pipe would wait for ever
-            raise SystemExit(f"{place} is no regular file")
-        return open_image(place, place)
+        return open_image(self.places[index], self.archive)
 
     def digest(self):
         """A short hash of the names and of what changes when an image is replaced under its name:
@@ -213,14 +208,12 @@ def is_image(name):
 
 def default_val(data):
     """The path `val` beside training images at a path `train`, or None if nothing is there."""
-    if Path(data).name != "train":
-        return None
     val = Path(data).with_name("val")
     archive, inside = split_zip(val)
     there = val.is_dir()
     if archive:
         there = any(name.startswith(inside) for name in open_zip(archive).namelist())
-    return str(val) if there else None
+    return str(val) if there and Path(data).name == "train" else None
 
 
 # Crops, as in ADM (guided-diffusion), whose statistics are the reference of every ImageNet gFID
@@ -229,9 +222,8 @@ def default_val(data):
 def shrink(image, shorter):
     """Shorter side to `shorter`: halved by a box filter while it is at least twice that, then
     bicubic."""
-    if max(image.size) > 16 * min(image.size):  # enlarged whole, a long strip would take gigabytes
-        side = 16 * min(image.size)
-        image = ImageOps.fit(image, (min(image.width, side), min(image.height, side)))
+    side = 16 * min(image.size)  # of a longer strip the middle: whole it would take gigabytes
+    image = ImageOps.fit(image, (min(image.width, side), min(image.height, side)))
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = shorter / min(image.size)
@@ -283,26 +275,15 @@ def epoch_order(seed, epoch, num_images):
 
 
 def load_batches(load, batches, num_workers):
-    """Yields for each list of keys in `batches` the tensor stack([load(key) for key in list]).
-
-    Threads load the next two batches while one is in use. They suffice, because PIL reads, decodes
-    and resizes outside Python's lock; there are no processes to end or to share files with.
-    """
-    pool = ThreadPoolExecutor(max(1, num_workers))
+    """Yields for each list of keys in `batches` the tensor stack([load(key) for key in list]), with
+    two more being loaded meanwhile. Threads suffice: PIL works outside Python's lock."""
     waiting = collections.deque()
-
-    def next_batch():
-        return torch.from_numpy(np.stack([future.result() for future in waiting.popleft()]))
-
-    try:
-        for keys in batches:
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        for keys in itertools.chain(batches, [[], []]):  # the last two are not waited for
             waiting.append([pool.submit(load, key) for key in keys])
             if len(waiting) > 2:
-                yield next_batch()
-        while waiting:
-            yield next_batch()
-    finally:  # also when one of them has failed, or nobody wants the rest
-        pool.shutdown(cancel_futures=True)
+                batch = [future.result() for future in waiting.popleft()]
+                yield torch.from_numpy(np.stack(batch))
 
 
 # Picture sheets
@@ -328,10 +309,7 @@ def views(images, index, size, crop, flip):
     image = images.open(index)
     result = []
     for picture in (image, ImageOps.mirror(image))[: 1 + flip]:
-        if crop == "ten":
-            result += five_crops(picture, size)
-        else:
-            result.append(center_crop(picture, size))
+        result += five_crops(picture, size) if crop == "ten" else [center_crop(picture, size)]
     return np.stack(result)
 
 
@@ -354,12 +332,12 @@ def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_si
     # In numbered parts, every rank its own; those of an earlier run with the same settings stay
     folder = Path(f"{target}.{cfg['digest']}.parts")
     parts = torch.arange(len(images)).split(PART_SIZE)
-    files = [folder / f"{i}.npy" for i in range(len(parts))]
+    files = [folder / f"{i}.pt" for i in range(len(parts))]
     missing = [i for i in range(rank, len(parts), world_size) if not files[i].exists()]
     num_views = (1 + flip) * (5 if crop == "ten" else 1)
     per_batch = max(1, args.batch_size // world_size // num_views)
     load = functools.partial(views, images, size=tokenizer.cfg.image_size, crop=crop, flip=flip)
-    batches = [batch.tolist() for i in missing for batch in parts[i].split(per_batch)]
+    batches = [batch for i in missing for batch in parts[i].split(per_batch)]
     loader = load_batches(load, batches, args.num_workers)
     for i in tqdm(missing, desc=str(target), unit=f"{PART_SIZE} images", disable=rank > 0):
         codes = []
@@ -367,21 +345,17 @@ def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_si
             x = next(loader).to(device)  # (B, views, H, W, 3)
             batch_codes = tokenizer.encode(to_float(x.flatten(0, 1)))  # (B*views, K+N)
             codes.append(batch_codes.unflatten(0, (-1, num_views)).cpu())  # (B, views, K+N)
-        with writing(files[i]) as temporary, open(temporary, "wb") as file:
-            np.save(file, torch.cat(codes).numpy().astype(np.uint16))
+        with writing(files[i]) as temporary:
+            torch.save(torch.cat(codes).to(torch.uint16), temporary)
     if world_size > 1:
         dist.barrier()
 
     # One file of all parts
     if rank == 0:
-        length = tokenizer.cfg.num_prologue + tokenizer.cfg.num_visual
-        codes = np.empty((len(images), num_views, length), np.uint16)
-        for part, file in zip(parts, files):
-            codes[part] = np.load(file)
-        tensors = {"codes": torch.from_numpy(codes), "labels": images.labels}
-        save_checkpoint(target, "codes", tensors, cfg)
+        codes = torch.cat([torch.load(file) for file in files])  # (images, views, K+N)
+        save_checkpoint(target, "codes", {"codes": codes, "labels": images.labels}, cfg)
         shutil.rmtree(folder)
-        print(f"{target}: {len(images)} images x {num_views} crops x {length} codes", flush=True)
+        print(f"{target}: images x crops x codes {tuple(codes.shape)}", flush=True)
 
 
 def parse_args():
@@ -397,8 +371,7 @@ def parse_args():
     flag("--flip", action="store_true", help="add mirrored copies (ten has them)")
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--batch_size", type=int, default=256, help="crops at a time, over all ranks")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"],
-         help="auto is what torch finds")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     flag("--num_workers", type=int, default=min(8, os.cpu_count()),
          help="threads that decode images, per rank")
     return parser.parse_args()
@@ -413,6 +386,7 @@ def main():
     tokenizer = Tokenizer.load(args.tokenizer or out / "tokenizer.safetensors").to(device)
     if tokenizer.cfg.codebook_size > 2**16:
         raise SystemExit("a token file holds codes below 65,536: the visual codebook is larger")
+
     # Images
     images = Images(args.data)
     val_data = args.val_data or default_val(args.data)
@@ -434,9 +408,7 @@ def main():
     tokenize(tokenizer, images, out / "codes.safetensors", args, crop=args.crop,
              flip=args.flip or args.crop == "ten", **where)
 
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

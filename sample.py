@@ -11,9 +11,9 @@ Class and noise of an image depend on its number and the seed alone, so ranks an
 nothing but the rounding. In --out it leaves
 
     samples.png            a row for each of ten classes
-    fixed_prologue.png     each row one prologue, its visual tokens drawn anew; the last row has
-                           prologues of its own (for models with a prologue)
-    samples.npz            arr_0 uint8 (N, H, W, 3), arr_1 labels; samples.json says how drawn
+    fixed_prologue.png     each row one prologue, its visual tokens drawn anew (for models with a
+                           prologue)
+    samples.npz            arr_0 uint8 (N, H, W, 3), arr_1 labels, `how` they were drawn as JSON
 
 and with --image variations.png alone, which shows reconstructions, too.
 """
@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ar import AR, SCHEDULES, check_pair
+from ar import AR, SCHEDULES
 from pretokenize import center_crop, open_image, save_grid, to_float, to_uint8
-from tokenizer import Tokenizer, compile_blocks, setup, writing
+from tokenizer import Tokenizer, compile_blocks, finish, setup, writing
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "fashion_mnist"
 
@@ -88,20 +88,18 @@ def preset_settings(name, no_cfg=False):
 def pair_folder(pair, out=None):
     """The folder of a pair: --pair, else --out, else out; the shipped one if nothing is named and
     nothing is in out."""
-    folder = Path(pair or out or "out")
-    if not (pair or out or (folder / "ar.safetensors").exists()):
-        return SHIPPED
-    return folder
+    if pair or out or Path("out/ar.safetensors").exists():
+        return Path(pair or out or "out")
+    return SHIPPED
 
 
 def load_pair(folder, device):
     """Tokenizer and AR model in a folder, which must belong together."""
-    paths = (folder / "tokenizer.safetensors", folder / "ar.safetensors")
-    tokenizer = Tokenizer.load(paths[0]).to(device)
-    ar = AR.load(paths[1]).to(device)
-    check_pair(tokenizer.cfg, ar.cfg, names=paths)
-    if ar.cfg.num_classes == 0:
-        raise SystemExit(f"{paths[1]} is a joint AR model of stage 1, train_ar.py makes others")
+    tokenizer = Tokenizer.load(folder / "tokenizer.safetensors").to(device)
+    ar = AR.load(folder / "ar.safetensors").to(device)
+    if ar.cfg.tokenizer != tokenizer.cfg.fingerprint:  # a joint AR model's is ""
+        raise SystemExit(f"the AR model in {folder} was trained on codes of another tokenizer: run "
+                         "pretokenize.py and train_ar.py, or put that tokenizer beside it")
     return tokenizer, ar
 
 
@@ -142,11 +140,8 @@ def pack_for_cpu(ar):
     for layer in ar.modules():
         if isinstance(layer, torch.nn.Linear) and layer.weight.numel() > 2**18:
             weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
-            layer.forward = functools.partial(packed_linear, weight=weight, bias=layer.bias)
-
-
-def packed_linear(x, weight, bias):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            layer.forward = functools.partial(torch.ops.mkldnn._linear_pointwise, W=weight,
+                                              B=layer.bias, attr="none", scalars=[], algorithm="")
 
 
 def class_numbers(chosen, ar):
@@ -154,7 +149,7 @@ def class_numbers(chosen, ar):
     classes if none are given."""
     count = ar.cfg.num_classes
     if not chosen:
-        return [i * count // min(10, count) for i in range(min(10, count))]
+        return sorted({i * count // 10 for i in range(10)})
     known = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(ar.cfg.classes)}
     numbers = [known.get(unicodedata.normalize("NFC", text)) for text in chosen]
     if None in numbers:
@@ -178,22 +173,18 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
     names = [f"{i} {ar.cfg.classes[i]}" if ar.cfg.classes else str(i) for i in classes]
     print(f"{out / 'samples.png'}: a row each of {', '.join(names)}")
 
-    # The first prologue of each class kept through a row, other noise after it; then a row of
-    # other prologues of the last class
+    # The first prologue of each class kept through a row, other noise after it
     if k > 0:
         prologues = codes[::columns, :k].repeat_interleave(columns, 0)  # (rows * columns, K)
         numbers = range(1000, 1000 + len(labels))  # not those of the first grid: other noise
-        rows = draw(ar, labels, numbers, prologue=prologues, **drawing)
-        other = draw(ar, labels[-columns:], range(2000, 2000 + columns), **drawing)
-        images = decode(tokenizer, torch.cat([rows, other]), batch_size)
-        save_grid(out / "fixed_prologue.png", images.split(columns))
-        print(f"{out / 'fixed_prologue.png'}: each row one prologue, then a row of others")
+        codes = draw(ar, labels, numbers, prologue=prologues, **drawing)
+        save_grid(out / "fixed_prologue.png", decode(tokenizer, codes, batch_size).split(columns))
+        print(f"{out / 'fixed_prologue.png'}: each row one prologue")
 
 
 def save_variations(tokenizer, ar, args, settings, batch_size):
     """variations.png: a row for each picture of --image, with itself, its reconstruction and images
-    drawn under its prologue and after the upper part of it that --keep says; then a row of images
-    of the same class with prologues of their own."""
+    drawn under its prologue and after the upper part of it that --keep says."""
     k = ar.cfg.num_prologue
     grid = tokenizer.cfg.grid
     columns = args.columns
@@ -204,23 +195,19 @@ def save_variations(tokenizer, ar, args, settings, batch_size):
     label = 0 if ar.cfg.num_classes == 1 else ar.cfg.num_classes  # of all images: unconditional
     if args.classes:
         label = class_numbers(args.classes, ar)[0]
-    labels = torch.full((columns + 2,), label)
-    drawing = dict(seed=args.seed, batch_size=batch_size, settings=settings)
+    labels = torch.full((columns,), label)
     rows = []
     for i, file in enumerate(args.image):
-        picture = torch.tensor(center_crop(open_image(file, file), tokenizer.cfg.image_size))[None]
+        picture = torch.tensor(center_crop(open_image(file), tokenizer.cfg.image_size))[None]
         codes = tokenizer.encode(to_float(picture).to(ar.head.weight.device))
         codes = codes.expand(columns, -1)  # (columns, K+N)
-        varied = draw(ar, labels[:columns], range(i * columns, (i + 1) * columns), **drawing,
-                      prologue=codes[:, :k] if k > 0 else None, visual=codes[:, k : k + kept])
+        varied = draw(ar, labels, range(i * columns, (i + 1) * columns), args.seed, batch_size,
+                      settings, prologue=codes[:, :k], visual=codes[:, k : k + kept])
         images = decode(tokenizer, torch.cat([codes[:1], varied]), batch_size)
         rows.append(torch.cat([picture, images]))
-    others = draw(ar, labels, range(1000, 1000 + len(labels)), **drawing)
-    rows.append(decode(tokenizer, others, batch_size))
     path = Path(args.out) / "variations.png"
     save_grid(path, rows)
-    print(f"{path}: in each row a picture, its reconstruction and {columns} variations; in the "
-          "last row images each with its own prologue")
+    print(f"{path}: in each row a picture, its reconstruction and {columns} variations")
 
 
 def parse_args():
@@ -228,7 +215,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--pair", help="folder of tokenizer.safetensors and ar.safetensors; else --out, or the "
-         f"shipped pair {SHIPPED.relative_to(SHIPPED.parent.parent)}")
+         "shipped pair in checkpoints/fashion_mnist")
     flag("--out", help="folder for everything that is written, and of the pair; else out")
 
     # What to draw
@@ -254,7 +241,7 @@ def parse_args():
 
     # Machine
     flag("--batch_size", type=int, default=100, help="images at a time, over all ranks")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     flag("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the networks")
     flag("--compile", action="store_true", help="torch.compile decoder and single-token step")
     return parser.parse_args()
@@ -285,8 +272,8 @@ def main():
     # Settings: those of the preset, where no flag says otherwise
     preset = args.preset or default_preset(ar)
     settings = preset_settings(preset, args.no_cfg)
-    given = {name: getattr(args, name) for name in settings}
-    settings |= {name: value for name, value in given.items() if value is not None}
+    settings |= {name: value for name, value in vars(args).items()
+                 if name in settings and value is not None}
     settings |= dict(cfg_schedule=args.cfg_schedule, top_k=args.top_k, top_p=args.top_p)
     if rank == 0:
         print(f"{tokenizer.cfg.layout} pair in {folder}, preset {preset}", flush=True)
@@ -308,26 +295,16 @@ def main():
                 codes = draw(ar, labels[batch], batch, args.seed, batch_size, settings)
                 images.append(decode(tokenizer, codes, batch_size))
         images = torch.cat(images).numpy()
+        parts = [images] * world_size
         if world_size > 1:
-            parts = [out / f".samples{i}.npy" for i in range(world_size)]
-            with writing(parts[rank]) as temporary, open(temporary, "wb") as file:
-                np.save(file, images)
-            dist.barrier()
-        if world_size > 1 and rank == 0:
-            images = np.concatenate([np.load(part) for part in parts])
-            for part in parts:
-                part.unlink()
+            dist.gather_object(images, parts if rank == 0 else None)
         if rank == 0:
+            how = json.dumps(vars(args) | dict(pair=str(folder), preset=preset) | settings)
             with writing(out / "samples.npz") as temporary, open(temporary, "wb") as file:
-                np.savez(file, arr_0=images, arr_1=labels.numpy())
-            how = vars(args) | dict(pair=str(folder), preset=preset) | settings
-            with writing(out / "samples.json") as temporary:
-                temporary.write_text(json.dumps(how, indent=1) + "\n")
+                np.savez(file, arr_0=np.concatenate(parts), arr_1=labels.numpy(), how=how)
             print(f"{out / 'samples.npz'}: {args.num_samples} images")
 
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

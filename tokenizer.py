@@ -281,16 +281,16 @@ class PrologueQuantizer(nn.Module):
 
 LAYOUTS = ("prologue", "2d", "1d", "post")
 
-# (layers, width) of the networks, and what else differs from the defaults of TokenizerConfig. B and
-# L are those of paper table A4, S is ours, for a single GPU.
+# What differs from the defaults of TokenizerConfig, which are B. B and L are those of paper table
+# A4, S is ours, for a single GPU.
 SIZES = {
     "tiny": dict(encoder=(3, 96), decoder=(3, 96), post=(3, 96), head_dim=32, image_size=28,
                  patch_size=4, codebook_size=256, code_dim=8, num_prologue=8,
                  prologue_codebook_size=64),
     "S": dict(encoder=(6, 512), decoder=(6, 512), post=(6, 512), image_size=128, patch_size=8,
               codebook_size=4096),
-    "B": dict(encoder=(12, 768), decoder=(12, 768), post=(10, 512), codebook_size=16384),
-    "L": dict(encoder=(12, 768), decoder=(24, 1024), post=(10, 512), codebook_size=4096),
+    "B": dict(),
+    "L": dict(decoder=(24, 1024), codebook_size=4096),
 }
 
 
@@ -414,7 +414,7 @@ class Tokenizer(nn.Module):
     def pixels(self, q):
         """Visual code vectors (B, N, c) -> images (B, 3, H, W)."""
         p = self.cfg.patch_size
-        x = self.decoder(q).float()  # (B, N, p*p*3)
+        x = self.decoder(q)  # (B, N, p*p*3)
         x = x.unflatten(1, (self.cfg.grid, -1))  # (B, rows, columns, p*p*3)
         x = x.unflatten(3, (p, p, 3))  # (B, rows, columns, p, p, 3)
         x = x.permute(0, 5, 1, 3, 2, 4)  # (B, 3, rows, p, columns, p)
@@ -457,11 +457,8 @@ class Tokenizer(nn.Module):
         return self.pixels(self.visual_quantizer.lookup(visual))
 
     def save(self, path):
-        sha = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            sha.update(name.encode())
-            sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        self.cfg.fingerprint = sha.hexdigest()[:16]
+        weights = safetensors.torch.save(self.state_dict())
+        self.cfg.fingerprint = hashlib.sha256(weights).hexdigest()[:16]
         save_checkpoint(path, "tokenizer", self.state_dict(), asdict(self.cfg))
 
     @classmethod
@@ -486,20 +483,19 @@ def writing(path):
         raise SystemExit(f"{path} cannot be written (is the disk full?): {error}") from None
     finally:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
 def check_finite(what, tensors):
     """Ends the run if one of {name: tensor} is not finite: nothing that is broken is ever saved."""
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             raise SystemExit(f"{what}: {name} is not finite")
 
 
 def save_checkpoint(path, kind, tensors, cfg):
     """Tensors, and the dict `cfg` as JSON in the metadata, in one safetensors file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    check_finite(path, {name: t for name, t in tensors.items() if t.is_floating_point()})
+    check_finite(path, tensors)
     # One entry: safetensors orders several at random, and equal weights should give equal files.
     metadata = {"config": json.dumps({"kind": kind} | cfg)}
     with writing(path) as temporary:
@@ -535,28 +531,24 @@ def load_model(path, kind, build):
 
 def load_state(path, fixed, resume):
     """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
-    All ranks do as the first: one that does not see its file says so."""
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    there = [path.exists()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(there)
+    All ranks do as the first, also where copies of the data differ from node to node."""
     for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed an hour ago
-        if first and left.stat().st_mtime < time.time() - 3600:
-            left.unlink()
-    state = None
-    if there[0] and resume:
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception:  # torch would advise to unpickle freely
-            raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
-        for name, value in fixed.items():
-            if first and state["fixed"][name] != value:  # on other nodes copies of data may differ
-                raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, "
-                                 f"this run has {value}")
-    if first and state:
-        print(f"going on from step {state['step']}", flush=True)
-    elif first and there[0]:
-        print(f"note: this run replaces that of {path}, with which --resume would go on")
+        if left.stat().st_mtime < time.time() - 3600:
+            left.unlink(missing_ok=True)
+    shared = [path.exists(), fixed]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    there, fixed = shared
+    if not (there and resume):
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # torch would advise to unpickle freely
+        raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
+    for name, value in fixed.items():
+        if state["fixed"][name] != value:
+            raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, this "
+                             f"run has {value}")
     return state
 
 
@@ -575,11 +567,9 @@ def log_entry(step, lr, terms, seconds, args):
         dist.all_reduce(values)
         values /= dist.get_world_size()
     check_finite(f"step {step}", dict(zip(terms, values)))
-    entry = dict(step=step, images=step * args.batch_size, lr=lr)
-    entry |= dict(zip(terms, values.tolist()))
-    entry["images_per_s"] = args.batch_size / seconds
-    entry["minutes_left"] = (args.steps - step) * seconds / 60
-    return entry
+    entry = dict(step=step, lr=lr, images_per_s=args.batch_size / seconds,
+                 minutes_left=(args.steps - step) * seconds / 60)
+    return entry | dict(zip(terms, values.tolist()))
 
 
 def report(entry, path, size, args):
@@ -631,6 +621,13 @@ def setup(device="auto", dtype="fp32", timeout_hours=1):
         kind = "flash-attn" if can_flash(device, number) else "torch's scaled_dot_product_attention"
         print(f"{world_size} x {device.type}, {dtype}, attention by {kind}", file=sys.stderr)
     return rank, world_size, device, torch.autocast(device.type, number, enabled=dtype == "bf16")
+
+
+def finish():
+    """Waits for the other ranks, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def compile_blocks(model):

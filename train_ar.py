@@ -20,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from ar import AR, SIZES, ARConfig, check_pair
+from ar import AR, SIZES, ARConfig
 from pretokenize import visited_images
-from tokenizer import (TokenizerConfig, compile_blocks, learning_rate, load_state, log_entry,
-                       read_safetensors, report, setup, writing)
+from tokenizer import (TokenizerConfig, compile_blocks, finish, learning_rate, load_state,
+                       log_entry, read_safetensors, report, setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -40,14 +39,11 @@ class Tokens:
     tokenizer that made the codes. digest: of everything that they depend on.
     """
 
-    def __init__(self, path, no_classes=False):
+    def __init__(self, path):
         tensors, cfg = read_safetensors(path, "codes")
         self.codes = tensors["codes"].numpy()
         self.labels = tensors["labels"]
         self.classes = cfg["classes"]
-        if no_classes:
-            self.classes = ["all"]
-            self.labels = torch.zeros_like(self.labels)
         self.cfg = TokenizerConfig(**cfg["tokenizer"])
         self.digest = cfg["digest"]
 
@@ -61,24 +57,20 @@ class Tokens:
 
 def build_model(args, tokens):
     """A new AR model for the codes, or one that starts from the weights of --init, whatever its
-    classes are: a class with a known name keeps its embedding, any other starts as their mean."""
+    classes are: a class with a known name keeps its embedding, any other starts as no class."""
     cfg = ARConfig.for_tokenizer(tokens.cfg, **SIZES[args.size], num_classes=len(tokens.classes),
                                  classes=tokens.classes, dropout=args.dropout,
                                  tokenizer=tokens.cfg.fingerprint)
     if args.init is None:
         return AR(cfg)
     old = AR.load(args.init)
-    old.cfg.tokenizer = ""  # only the sizes have to agree
-    check_pair(tokens.cfg, old.cfg, names=("the codes", args.init))
     ar = AR(replace(cfg, layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim,
                     preset=old.cfg.preset))
     weights = old.state_dict()
     bos = weights["bos.weight"]  # (old classes + 1, D), the last row is the unconditional one
-    if old.cfg.classes or old.cfg.num_classes != cfg.num_classes:  # else only the names are new
-        known = dict(zip(old.cfg.classes, bos))
-        start = bos[:-1].mean(0) if len(bos) > 1 else bos[-1]
-        rows = [known.get(name, start) for name in cfg.classes]
-        weights["bos.weight"] = torch.stack([*rows, bos[-1]])
+    known = dict(zip(old.cfg.classes, bos))
+    rows = [known.get(name, bos[-1]) for name in cfg.classes]
+    weights["bos.weight"] = torch.stack([*rows, bos[-1]])
     ar.load_state_dict(weights)
     return ar
 
@@ -98,9 +90,8 @@ def evaluate(ar, tokens, count, device, autocast):
         with autocast:
             measures = ar.measure(codes.to(device), labels.to(device))
         for name, values in measures.items():
-            sums[name] += values.sum().item() / count
-    nats = sum(value for name, value in sums.items() if name.startswith("nats"))
-    return {"val_nats": nats} | {f"val_{name}": value for name, value in sums.items()}
+            sums[f"val_{name}"] += values.sum().item() / count
+    return sums
 
 
 # The script
@@ -115,7 +106,6 @@ def parse_args():
     # Data and model
     flag("--codes", help="token file, beside its codes_val; else codes.safetensors in --out")
     flag("--tokenizer", help="file that made the codes; else tokenizer.safetensors in --out")
-    flag("--no_classes", action="store_true", help="all images count as one class")
     flag("--size", default="tiny", choices=SIZES, help="of the AR model")
     flag("--init", metavar="AR", help="file to start from; its size counts, classes may be others")
     flag("--dropout", type=float, default=0.1, help="on embedding, attention and MLP outputs")
@@ -141,7 +131,7 @@ def parse_args():
     flag("--eval_images", type=int, default=2000, help="held-out images for the measures")
     flag("--save_every", type=int, default=400, help="steps between saved states")
     flag("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
     flag("--compile", action="store_true", help="torch.compile the transformer blocks")
     return parser.parse_args()
@@ -163,9 +153,9 @@ def main():
 
     # Tokens, all of one tokenizer, of which --out gets a copy, so that it holds a pair
     codes_path = Path(args.codes or out / "codes.safetensors")
-    tokens = Tokens(codes_path, args.no_classes)
+    tokens = Tokens(codes_path)
     val_path = codes_path.with_stem(f"{codes_path.stem}_val")
-    val_tokens = Tokens(val_path, args.no_classes) if val_path.exists() else None
+    val_tokens = Tokens(val_path) if val_path.exists() else None
     own = out / "tokenizer.safetensors"
     tokenizer_path = Path(args.tokenizer or own)
     made_by = [tokenizer_path, own] if own.exists() else [tokenizer_path]
@@ -188,13 +178,8 @@ def main():
     # Model and optimizer
     torch.manual_seed(args.seed)
     ar = build_model(args, tokens).to(device)
-    matrices = [p for p in ar.parameters() if p.ndim > 1]  # weight decay falls on these only
-    vectors = [p for p in ar.parameters() if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=args.weight_decay),
-              dict(params=vectors, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
-    if rank == 0:
-        print(f"{sum(p.numel() for p in ar.parameters()) / 1e6:.1f}M parameters", flush=True)
+    optimizer = torch.optim.AdamW(ar.parameter_groups(args.weight_decay), lr=args.lr,
+                                  betas=(0.9, args.beta2), fused=True)
 
     # Resume
     log = out / "train_ar.jsonl"
@@ -211,6 +196,10 @@ def main():
         log_size = state["log_size"]
         lowest = state["lowest"]
 
+    if rank == 0:
+        size = sum(p.numel() for p in ar.parameters()) / 1e6
+        print(f"{size:.1f}M parameters, from step {start_step + 1}", flush=True)
+
     # Compilation and ranks
     ar.transformer.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
@@ -220,7 +209,6 @@ def main():
     # The loop
     ar.train()
     clock = time.perf_counter()
-    clock_step = start_step
     for step in range(start_step + 1, args.steps + 1):
         # Learning rate
         lr = learning_rate(step, args)
@@ -262,7 +250,7 @@ def main():
         if step % args.log_every == 0 or step == args.steps:
             right = (logits.argmax(-1) == targets).float()  # of the last micro-batch
             terms = dict(ce=ce, nats=ce * ar.length, accuracy=right.mean(), grad_norm=norm)
-            seconds = (time.perf_counter() - clock) / (step - clock_step)
+            seconds = (time.perf_counter() - clock) / (step - start_step)
             entry = log_entry(step, lr, terms, seconds, args)
             if rank == 0:
                 log_size = report(entry, log, log_size, args)
@@ -273,7 +261,7 @@ def main():
             with torch.compiler.set_stance("force_eager"):  # these shapes would recompile
                 measures = evaluate(ar, val_tokens, args.eval_images, device, autocast)
             lowest = min(lowest, (measures["val_nats"], step))
-            measures |= {"lowest_nats": lowest[0], "lowest_step": lowest[1]}
+            measures["lowest_step"] = lowest[1]
             log_size = report({"step": step} | measures, log, log_size, args)
             ar.train()
 
@@ -285,14 +273,8 @@ def main():
             with writing(out / "train_ar.pt") as temporary:
                 torch.save(state, temporary)
 
-        # images_per_s is without the first step, which compiles, and without measures and saves
-        if step == start_step + 1 or step % args.log_every == 0:
-            clock = time.perf_counter()
-            clock_step = step
 
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

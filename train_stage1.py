@@ -56,7 +56,8 @@ from ar import SIZES as AR_SIZES
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, psnr, random_crop,
                          save_grid, to_float, to_uint8, visited_images)
 from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer, check_finite,
-                       compile_blocks, learning_rate, load_state, log_entry, report, setup, writing)
+                       compile_blocks, finish, learning_rate, load_state, log_entry, report, setup,
+                       writing)
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
@@ -92,7 +93,6 @@ class Stage1(nn.Module):
         reconstruction, codes, onehot, vq_loss = self.tokenizer(images, self.direct_ce)
         if self.ar is None:
             return reconstruction, vq_loss, torch.zeros_like(vq_loss)
-        # The value stays, the gradient is multiplied by lambda.
         onehot = onehot.detach() + self.ce_weight * (onehot - onehot.detach())
         logits = self.ar(codes, labels, onehot, drop)  # (B, L, vocabulary)
         tokens = self.ar.sequence(codes)  # (B, L)
@@ -108,9 +108,8 @@ class Discriminator(nn.Module):
         layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for out, stride in ((2 * channels, 2), (4 * channels, 2), (8 * channels, 1)):
-            layers.append(nn.Conv2d(width, out, 4, stride, padding=1, bias=False))
-            layers.append(nn.BatchNorm2d(out))
-            layers.append(nn.LeakyReLU(0.2))
+            layers += [nn.Conv2d(width, out, 4, stride, padding=1, bias=False),
+                       nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
             width = out
         layers.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
         self.net = nn.Sequential(*layers)
@@ -125,8 +124,8 @@ class Discriminator(nn.Module):
         """Logits of both batches, each with BatchNorm statistics of its own, and with `r1` the R1
         penalty: |d logits / d real images|^2, summed over pixels."""
         real_images = real_images.detach().requires_grad_(r1)
-        logits_real = self.net(real_images)  # (B, 1, h, w)
-        logits_fake = self.net(fake_images.detach())
+        logits_real = self.net(real_images).float()  # (B, 1, h, w)
+        logits_fake = self.net(fake_images.detach()).float()
         if not r1:
             return logits_real, logits_fake, logits_real.new_zeros(())
         (gradient,) = torch.autograd.grad(logits_real.sum(), real_images, create_graph=True)
@@ -150,25 +149,20 @@ def unit_features(x, eps=1e-8):
 
 class Perceptual(nn.Module):
     """The perceptual loss by name: none; vgg, which is LPIPS on VGG16; convnext, the mean squared
-    difference of the 1,000 logits of ConvNeXt-S; both, which is vgg + 0.1 convnext."""
+    difference of the 1,000 logits of ConvNeXt-S."""
 
     def __init__(self, name):
         super().__init__()
-        weights = {"none": (0, 0), "vgg": (1, 0), "convnext": (0, 1), "both": (1, 0.1)}
-        self.vgg_weight, self.convnext_weight = weights[name]
-        try:
-            if self.vgg_weight > 0:
-                import lpips
+        self.name = name
+        if name == "vgg":
+            import lpips
 
-                lpips.normalize_tensor = unit_features
-                self.vgg = lpips.LPIPS(net="vgg", verbose=False)
-            if self.convnext_weight > 0:
-                import torchvision
+            lpips.normalize_tensor = unit_features
+            self.vgg = lpips.LPIPS(net="vgg", verbose=False)
+        elif name == "convnext":
+            import torchvision
 
-                self.convnext = torchvision.models.convnext_small(weights="IMAGENET1K_V1")
-        except (OSError, RuntimeError) as error:  # no network, or a file cut off
-            raise SystemExit(f"--perceptual {name}: {error}; put torchvision's file into "
-                             f"{torch.hub.get_dir()}/checkpoints") from None
+            self.convnext = torchvision.models.convnext_small(weights="IMAGENET1K_V1")
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
         self.eval().requires_grad_(False)
@@ -179,21 +173,17 @@ class Perceptual(nn.Module):
 
     def forward(self, images, target):
         """images, target (B, 3, H, W) in [-1, 1] -> scalar"""
-        loss = images.new_zeros(())
-        if self.vgg_weight > 0:
-            loss = loss + self.vgg_weight * self.vgg(images, target).mean()
-        if self.convnext_weight > 0:
-            difference = F.mse_loss(self.logits(images), self.logits(target))
-            loss = loss + self.convnext_weight * difference
-        return loss
+        if self.name == "vgg":
+            return self.vgg(images, target).mean()
+        if self.name == "convnext":
+            return F.mse_loss(self.logits(images), self.logits(target))
+        return images.new_zeros(())
 
 
 def discriminator_loss(discriminator, x, y, with_r1, share):
     """Loss of the discriminator on images x against reconstructions y, and its terms for the log.
     share: of this micro-batch in the step, by which it moves LeCam's averages (decay 0.999)."""
     logits_real, logits_fake, r1 = discriminator(x, y, with_r1)
-    logits_real = logits_real.float()
-    logits_fake = logits_fake.float()
     means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
     if dist.is_initialized():
         dist.all_reduce(means)
@@ -209,8 +199,8 @@ def discriminator_loss(discriminator, x, y, with_r1, share):
 def build_tokenizer(args):
     """A new tokenizer, or one that starts from the weights of --init. The layout post adds a
     prologue to a 2d one; encoder, visual quantizer and decoder are then frozen."""
-    flags = {name: getattr(args, name) for name in MODEL_FLAGS}
-    changed = {name: value for name, value in flags.items() if value is not None}
+    changed = {name: value for name, value in vars(args).items()
+               if name in MODEL_FLAGS and value is not None}
     cfg = TokenizerConfig(**SIZES[args.size], layout=args.layout)
     if args.init is None:
         return Tokenizer(replace(cfg, **changed))
@@ -225,8 +215,7 @@ def build_tokenizer(args):
         raise SystemExit(f"--init {args.init} has the layout {old.cfg.layout}: give --layout "
                          f"{old.cfg.layout} to train it on (only a 2d one can change, to post)")
     tokenizer = Tokenizer(replace(cfg, **changed))
-    for name, module in old.named_children():
-        getattr(tokenizer, name).load_state_dict(module.state_dict())
+    tokenizer.load_state_dict(old.state_dict(), strict=False)  # the layout post has more
     if args.layout == "post":
         for module in (tokenizer.encoder, tokenizer.visual_quantizer, tokenizer.decoder):
             module.requires_grad_(False)
@@ -259,11 +248,11 @@ def training_view(images, visit, size, args):
 @torch.no_grad()
 def evaluate(picture, tokenizer, ar, images, args, device, autocast):
     """Measures of --eval_images held-out images: PSNR in dB, for both codebooks how many codes are
-    used and their perplexity, and with an AR model AR.measure. Sixteen of them go to the file
-    `picture`, each row above the row of its reconstructions."""
+    used and their perplexity, and with an AR model AR.measure. The first go to the file `picture`,
+    above their reconstructions."""
     count = min(args.eval_images, len(images))
     indices = visited_images(0, 0, count, len(images))  # the same at each call, in random order
-    batches = [indices[i : i + 64] for i in range(0, count, 64)]
+    batches = torch.tensor(indices).split(64)
     views = load_batches(lambda index: center_crop(images.open(index), tokenizer.cfg.image_size),
                          batches, args.num_workers)
     sums = defaultdict(float)
@@ -275,8 +264,7 @@ def evaluate(picture, tokenizer, ar, images, args, device, autocast):
             y = to_uint8(tokenizer.decode(codes))  # (B, H, W, 3)
             measures = ar.measure(codes, labels.to(device)) if ar is not None else {}
         if not all_codes:
-            n = max(1, min(8, len(x) // 2))
-            save_grid(picture, [x[:n], y[:n], x[n : 2 * n], y[n : 2 * n]])
+            save_grid(picture, [x[:16], y[:16]])
         measures["psnr"] = psnr(x, y)
         for name, values in measures.items():
             sums[f"val_{name}"] += values.sum().item() / count
@@ -327,8 +315,7 @@ def parse_args():
          "are hidden from the AR model")
 
     # Losses
-    flag("--perceptual", default="none", choices=["none", "vgg", "convnext", "both"],
-         help="vgg is LPIPS; both is vgg + 0.1 convnext")
+    flag("--perceptual", default="none", choices=["none", "vgg", "convnext"], help="vgg is LPIPS")
     flag("--gan_weight", type=float, default=0.02, help="0 trains without a discriminator")
     flag("--gan_channels", type=int, default=16, help="width of the discriminator")
 
@@ -351,7 +338,7 @@ def parse_args():
     flag("--eval_images", type=int, default=1000, help="held-out images for the measures")
     flag("--save_every", type=int, default=400, help="steps between saved states")
     flag("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
-    flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"], help="auto: the best")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
     flag("--compile", action="store_true", help="torch.compile the transformer blocks")
     flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
@@ -408,19 +395,12 @@ def main():
     perceptual_loss = Perceptual(args.perceptual).to(device, **memory)
     discriminator = Discriminator(args.gan_channels).to(device, **memory)
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
-    if rank == 0:
-        print(f"training on {images}")
-        print(f"measuring {val_images}{'' if val_data else ', none are held out'}", flush=True)
-        print(f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.1f}M parameters", flush=True)
 
     # Optimizers. beta1 is 0 for the two players of the GAN: momentum would push a player on
-    # against an opponent that has moved meanwhile. Weight decay falls on matrices only.
+    # against an opponent that has moved meanwhile.
     groups = [dict(params=tokenizer.parameters(), betas=(0.0, 0.99), weight_decay=0.0)]
     if ar is not None:
-        matrices = [p for p in ar.parameters() if p.ndim > 1]
-        vectors = [p for p in ar.parameters() if p.ndim < 2]
-        groups.append(dict(params=matrices, betas=(0.9, 0.99), weight_decay=0.03))
-        groups.append(dict(params=vectors, betas=(0.9, 0.99), weight_decay=0.0))
+        groups += ar.parameter_groups(weight_decay=0.03, betas=(0.9, 0.99))
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, fused=True),
                   torch.optim.AdamW(discriminator.parameters(), lr=args.lr, fused=True,
                                     betas=(0.0, 0.99), weight_decay=1e-4)]
@@ -438,6 +418,11 @@ def main():
             part.load_state_dict(saved)
         start_step = state["step"]
         log_size = state["log_size"]
+    if rank == 0:
+        size = sum(p.numel() for p in tokenizer.parameters()) / 1e6
+        print(f"training on {images}")
+        print(f"measuring {val_images}{'' if val_data else ', none are held out'}")
+        print(f"{size:.1f}M parameters, from step {start_step + 1}", flush=True)
 
     # Compilation and ranks
     for module in stage1.modules():
@@ -458,7 +443,6 @@ def main():
     # The loop
     stage1.train()
     clock = time.perf_counter()
-    clock_step = start_step
     for step in steps:
         # Learning rate
         lr = learning_rate(step, args)
@@ -526,9 +510,8 @@ def main():
 
         # Log
         if step % args.log_every == 0 or step == args.steps:
-            grads = [p.grad for p in stage1.parameters() if p.grad is not None]
-            terms["grad_norm"] = torch.nn.utils.get_total_norm(grads)
-            seconds = (time.perf_counter() - clock) / (step - clock_step)
+            terms["grad_norm"] = nn.utils.clip_grad_norm_(stage1.parameters(), torch.inf)
+            seconds = (time.perf_counter() - clock) / (step - start_step)
             entry = log_entry(step, lr, terms, seconds, args)
             if rank == 0:
                 log_size = report(entry, log, log_size, args)
@@ -552,14 +535,8 @@ def main():
             with writing(out / "train_stage1.pt") as temporary:
                 torch.save(state, temporary)
 
-        # images_per_s is without the first step, which compiles, and without measures and saves
-        if step == steps[0] or step % args.log_every == 0:
-            clock = time.perf_counter()
-            clock_step = step
 
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    finish()
 
 
 if __name__ == "__main__":

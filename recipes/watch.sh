@@ -21,7 +21,7 @@ add() { sed "s/{/{\"step\": $step, /" | tee -a "$dir/watch.jsonl"; }
 while sleep 60; do
     if [[ $dir/train_stage1.pt -nt $copy/tokenizer.safetensors ]]; then
         take "$dir/train_stage1.pt" "$dir/tokenizer.safetensors"
-        fid --tokenizer "$copy/tokenizer.safetensors" --data "$DATA/val" | add
+        fid "$DATA/val" --tokenizer "$copy/tokenizer.safetensors" | add
     fi
     state=$dir/train_ar.pt
     [[ -e $state ]] || state=$dir/train_stage1.pt  # OneStage

@@ -139,6 +139,6 @@ def test_reconstructions(run, sides):
     tokenizer.save("tokenizer.safetensors")
     y = to_uint8(tokenizer.decode(tokenizer.encode(to_float(sides[0]))))
     np.savez("y.npz", y)
-    scores = run("--tokenizer", "tokenizer.safetensors", "--data", "a")
+    scores = run("a", "--tokenizer", "tokenizer.safetensors")
     assert scores["rfid"] == pytest.approx(run("y.npz", "a")["fid"], rel=1e-4)
     assert scores["psnr"] == pytest.approx(psnr(y, sides[0]).mean().item(), rel=1e-5)

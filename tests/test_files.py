@@ -35,7 +35,7 @@ def files(root, *names):
 def test_pixels_are_those_that_a_viewer_shows(tmp_path):
     def pixels(image, file, **how):
         image.save(tmp_path / file, **how)
-        return np.asarray(open_image(file, tmp_path / file))
+        return np.asarray(open_image(tmp_path / file))
 
     photo = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
     exif = Image.Exif()

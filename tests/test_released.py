@@ -155,8 +155,9 @@ def test_official_numbers_and_the_scripts(tmp_path, monkeypatch):
     assert_close(ar(codes, labels)[1, ::5, ::13].flatten(), expected["logits"])
 
     run(monkeypatch, "sample.py", "--out", tmp_path, "--num_samples", 3, "--columns", 1)
-    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (3, 64, 64, 3)
-    assert json.loads((tmp_path / "samples.json").read_text())["preset"] == "prologue-b-b"
+    samples = np.load(tmp_path / "samples.npz")
+    assert samples["arr_0"].shape == (3, 64, 64, 3)
+    assert json.loads(str(samples["how"]))["preset"] == "prologue-b-b"
     (tmp_path / "data").mkdir()
     Image.new("RGB", (90, 80)).save(tmp_path / "data" / "0.png")
     run(monkeypatch, "pretokenize.py", "--data", tmp_path / "data", "--out", tmp_path)

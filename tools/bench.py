@@ -175,7 +175,7 @@ def bench_data(args, folder):
     Image.fromarray(noise).resize((500, 375)).save(folder / "image.jpeg", quality=90)
     for _ in measure_steps(args):
         for _ in range(args.images):
-            random_crop(open_image("", folder / "image.jpeg"), 256, random)
+            random_crop(open_image(folder / "image.jpeg"), 256, random)
 
 
 JOBS = {"stage1": bench_stage1, "ar": bench_ar, "sample": bench_sampling, "plain": bench_sampling,

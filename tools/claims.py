@@ -37,17 +37,17 @@ class Row:
     init: str = ""  # the row whose tokenizer the layout post freezes
     tokenizer: str = ""  # the row whose tokenizer is taken; then none is trained
     prologue: str = "learned"  # or what stands in its place: "constant", "class"
-    ar_flags: str = "--no_classes"  # of train_ar.py
+    classes: bool = False  # whether the AR model is told them
 
 
 ROWS = {
     "2d": Row("--layout 2d"),
-    "2d, classes": Row(tokenizer="2d", ar_flags=""),
+    "2d, classes": Row(tokenizer="2d", classes=True),
     "prologue": Row("--layout prologue --tau 1"),
     "post": Row("--layout post --tau 1", init="2d"),
     "constant": Row(tokenizer="post", prologue="constant"),
     "the class": Row(tokenizer="post", prologue="class"),
-    "post, classes": Row(tokenizer="post", ar_flags=""),
+    "post, classes": Row(tokenizer="post", classes=True),
 }
 
 STAGE1 = dict(size="tiny", steps=4000, batch_size=32, lr=5e-4, min_lr=5e-5, warmup=50, hold=1600)
@@ -92,16 +92,21 @@ def best(folder, name, axes, *flags, seed):
     return "/".join(map(str, settings.values())), json.loads(scores)["fid"]
 
 
-def replace_prologue(source, target, kind):
-    """Copies the tokens in the folder `source` to `target`, with a prologue that says nothing, or
-    whose first token is the class."""
+def copy_tokens(source, target, row):
+    """Copies the tokens in the folder `source` to `target`: without classes, and with a prologue
+    that says nothing, or whose first token is the class, if the row says so."""
     for name in ("codes.safetensors", "codes_val.safetensors"):
         tensors, cfg = read_safetensors(source / name, "codes")
         codes = tensors["codes"].clone()  # (images, crops, K+N)
-        codes[..., : cfg["tokenizer"]["num_prologue"]] = 0
-        if kind == "class":
-            codes[..., 0] = tensors["labels"][:, None]
-        save_checkpoint(target / name, "codes", tensors | dict(codes=codes), cfg)
+        labels = tensors["labels"].clone()
+        if row.prologue != "learned":
+            codes[..., : cfg["tokenizer"]["num_prologue"]] = 0
+        if row.prologue == "class":
+            codes[..., 0] = labels[:, None]
+        if not row.classes:
+            labels.zero_()
+            cfg["classes"] = ["all"]
+        save_checkpoint(target / name, "codes", dict(codes=codes, labels=labels), cfg)
 
 
 class Cells:
@@ -135,7 +140,7 @@ class Cells:
                 data = self.data / "train"
                 self.train(folder, "train_stage1.py", STAGE1, *flags, data=data, seed=seed)
                 script(folder, "pretokenize.py", out=folder, data=data)
-                scores = script(folder, "fid.py", data=BUNDLED / "val",
+                scores = script(folder, "fid.py", BUNDLED / "val",
                                 tokenizer=folder / "tokenizer.safetensors")
                 with writing(folder / "rfid.json") as temporary:
                     temporary.write_text(scores)
@@ -148,11 +153,9 @@ class Cells:
         if (folder / "cell.json").exists():
             return
         source = self.tokenizer(name, seed)
-        codes = source / "codes.safetensors"
-        if row.prologue != "learned":
-            codes = folder / "codes.safetensors"
-            replace_prologue(source, folder, row.prologue)
-        self.train(folder, "train_ar.py", STAGE2, *row.ar_flags.split(), seed=seed, codes=codes,
+        copy_tokens(source, folder / "tokens", row)
+        self.train(folder, "train_ar.py", STAGE2, seed=seed,
+                   codes=folder / "tokens" / "codes.safetensors",
                    tokenizer=source / "tokenizer.safetensors")
 
         cell = json.loads((source / "rfid.json").read_text())
@@ -161,7 +164,7 @@ class Cells:
         cell |= dict(row=name, seed=seed, folder=str(folder))
         axes = slice(None if "val_nats_prologue" in cell else -1)
         cell["settings"], cell["gfid"] = best(folder, "plain", PLAIN[axes], "--no_cfg", seed=seed)
-        if "--no_classes" not in row.ar_flags:
+        if row.classes:
             guided = best(folder, "guided", GUIDED[axes], seed=seed)
             cell["guided_settings"], cell["guided_gfid"] = guided
         with writing(folder / "cell.json") as temporary:
@@ -190,7 +193,7 @@ def report(out):
         of_row = [cell for cell in cells if cell["row"] == name]
         if not of_row:
             continue
-        base = "2d" if "--no_classes" in row.ar_flags else "2d, classes"
+        base = "2d, classes" if row.classes else "2d"
         gfids = {cell["seed"]: cell["gfid"] for cell in cells if cell["row"] == base}
         for cell in of_row:
             cell["share"] = cell["gfid"] / gfids.get(cell["seed"], np.nan)

@@ -105,8 +105,8 @@ def main():
     if "mu" in stored:
         statistics = (stored["mu"], stored["sigma"])
     else:
-        _, _, images = fid.image_batches(reference, args.batch_size, size, crop=True)
-        statistics = fid.extract(network, images, device, title="reference")["pool"]
+        _, images = fid.image_batches(reference, args.batch_size, size, crop=True)
+        statistics = fid.extract(network, images, device)["pool"]
 
     # Every combination. The file is written anew after each: a long sweep may be stopped.
     how = vars(args) | dict(pair=str(pair), preset=preset, settings=settings, reference=reference)
@@ -114,7 +114,7 @@ def main():
     for values in itertools.product(*axes.values()):
         row = dict(zip(axes, values))
         images = drawn(tokenizer, ar, args, settings | row)
-        samples = fid.extract(network, images, device, title=str(row))
+        samples = fid.extract(network, images, device)
         row["gfid"] = fid.frechet_distance(*samples["pool"], *statistics)
         row["inception_score"] = samples["inception_score"]
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
