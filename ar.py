@@ -341,5 +341,3 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     threshold = u[:, None] * cdf[:, -1:] * (1 - 1e-6)
     codes = torch.searchsorted(cdf, threshold, right=True)[:, 0]
     return codes.clamp(max=logits.shape[-1] - 1)  # beyond the end only where logits are NaN
-
-

@@ -258,7 +258,7 @@ def five_crops(image, size):
     return [cut(square, size, top, left) for top, left in places]
 
 
-# Batches
+# Batches and picture sheets
 
 
 def visited_images(seed, first, count, num_images):
@@ -284,9 +284,6 @@ def load_batches(load, batches, num_workers):
             if len(waiting) > 2:
                 batch = [future.result() for future in waiting.popleft()]
                 yield torch.from_numpy(np.stack(batch))
-
-
-# Picture sheets
 
 
 def save_grid(path, rows):

@@ -19,7 +19,6 @@ import math
 import os
 import signal
 import sys
-import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -532,9 +531,6 @@ def load_model(path, kind, build):
 def load_state(path, fixed, resume):
     """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
     All ranks do as the first, also where copies of the data differ from node to node."""
-    for left in path.parent.glob(f"{path.name}.*.tmp"):  # by a run that was killed an hour ago
-        if left.stat().st_mtime < time.time() - 3600:
-            left.unlink(missing_ok=True)
     shared = [path.exists(), fixed]
     if dist.is_initialized():
         dist.broadcast_object_list(shared)

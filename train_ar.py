@@ -52,7 +52,7 @@ class Tokens:
         return torch.from_numpy(self.codes[images, crops].astype(np.int64)), self.labels[images]
 
 
-# Model and optimization
+# Model and held-out measures
 
 
 def build_model(args, tokens):
@@ -73,9 +73,6 @@ def build_model(args, tokens):
     weights["bos.weight"] = torch.stack([*rows, bos[-1]])
     ar.load_state_dict(weights)
     return ar
-
-
-# Held-out measures
 
 
 @torch.no_grad()
@@ -272,7 +269,6 @@ def main():
                          ar=ar.state_dict(), optimizer=optimizer.state_dict())
             with writing(out / "train_ar.pt") as temporary:
                 torch.save(state, temporary)
-
 
     finish()
 

@@ -69,7 +69,7 @@ R1_EVERY = 25  # steps
 MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_prologue",
                "prologue_codebook_size", "tau")
 
-# Models and losses
+# Models, losses and EMA
 
 
 class Stage1(nn.Module):
@@ -220,9 +220,6 @@ def build_tokenizer(args):
         for module in (tokenizer.encoder, tokenizer.visual_quantizer, tokenizer.decoder):
             module.requires_grad_(False)
     return tokenizer
-
-
-# Optimization
 
 
 @torch.no_grad()
@@ -534,7 +531,6 @@ def main():
                          parts=[part.state_dict() for part in parts])
             with writing(out / "train_stage1.pt") as temporary:
                 torch.save(state, temporary)
-
 
     finish()
 
