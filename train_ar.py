@@ -192,7 +192,6 @@ def main():
         start_step = state["step"]
         log_size = state["log_size"]
         lowest = state["lowest"]
-
     if rank == 0:
         size = sum(p.numel() for p in ar.parameters()) / 1e6
         print(f"{size:.1f}M parameters, from step {start_step + 1}", flush=True)
