@@ -103,13 +103,12 @@ def test_stage_1_has_the_losses_of_the_cpu(layout, flags):
 
 def test_stage_2_has_the_codes_and_losses_of_the_cpu():
     out, _ = stage1("prologue", "--device", "cpu")
-    codes = []
-    for device in ("cpu", DEVICE):
-        run(pretokenize, *IMAGES, "--out", out, "--device", device)
-        codes.append(train_ar.Tokens(out / "codes.safetensors").codes.copy())
-    assert (codes[0] == codes[1]).mean() > 0.999
-    args = ["--codes", out / "codes.safetensors", "--tokenizer", out / "tokenizer.safetensors",
-            "--dropout", 0]
+    weights = ["--tokenizer", out / "tokenizer.safetensors"]
+    for name, device in (("a", "cpu"), ("b", DEVICE)):
+        run(pretokenize, *IMAGES, *weights, "--out", out / name, "--device", device)
+    a, b = (train_ar.Tokens(out / name / "codes.safetensors").codes for name in "ab")
+    assert (a == b).mean() > 0.999
+    args = ["--codes", out / "a" / "codes.safetensors", *weights, "--dropout", 0]
     cpu = train(train_ar, out / "cpu", *args, "--device", "cpu")
     fp32 = train(train_ar, out / "fp32", *args, *FP32, *PARTS)
     bf16 = train(train_ar, out / "bf16", *args, *BF16, "--compile")
