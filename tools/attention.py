@@ -115,11 +115,9 @@ def main():
     flag("--images", type=int, default=64, help="of --data that ar_attention.png averages over")
     flag("--classes", nargs="+", metavar="CLASS",
          help="names or numbers of the drawn images' classes; else ten of all")
-    flag("--seed", type=int, default=0, help="of the noise of the drawn images")
     args = parser.parse_args()
     out = Path(args.out)
-    pair = pair_folder(args.pair)
-    tokenizer, ar = load_pair(pair, "cpu")
+    tokenizer, ar = load_pair(pair_folder(args.pair), "cpu")
     num_prologue = ar.cfg.num_prologue
 
     # Layers, on images that are spread over all classes
@@ -138,7 +136,7 @@ def main():
     # Prologue tokens, on images that it draws as sample.py would
     labels = torch.tensor(class_numbers(args.classes, ar))
     settings = preset_settings(default_preset(ar))
-    codes = draw(ar, labels, range(len(labels)), args.seed, len(labels), settings)  # (B, K+N)
+    codes = draw(ar, labels, range(len(labels)), 0, len(labels), settings)  # (B, K+N)
     maps = prologue_maps(attention_weights(ar, codes, labels), num_prologue)
     save_figure(out / "prologue_attention.png",
                 draw_maps(to_uint8(tokenizer.decode(codes)), maps))

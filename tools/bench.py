@@ -189,7 +189,6 @@ def parse_args():
     flag("--size", default="B", choices=AR_SIZES, help="of the tokenizer and of the AR model")
     flag("--batch_size", type=int, nargs="+", help="by default 32 for stage1, else 64")
     flag("--repeat", type=int, default=5, help="steps, or draws, that are timed")
-    flag("--tflops", type=float, help="what MFU refers to; by default a measured matrix product")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--dtype", choices=["fp32", "bf16"], help="by default bf16 on CUDA")
     flag("--compile", action="store_true")
@@ -226,7 +225,7 @@ def main():
             rate = args.flops / args.seconds / 1e12
             print(f"{job} {args.size}{', compiled' * args.compile}, {images} images: "
                   f"{args.seconds * 1e3:.1f} ms, {speed:.1f} images/s, {peak:.2f} GiB, {rate:.3g} "
-                  f"TFLOP/s, MFU {rate / (args.tflops or gemm):.1%}", flush=True)
+                  f"TFLOP/s, MFU {rate / gemm:.1%}", flush=True)
             speeds[job, images] = speed
             if job == "plain" and ("sample", images) in speeds:
                 ratio = speeds["sample", images] / speed

@@ -142,8 +142,7 @@ def main():
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = setup(args.device)[2]
-    pair = pair_folder(args.pair)
-    tokenizer, ar = load_pair(pair, device)
+    tokenizer, ar = load_pair(pair_folder(args.pair), device)
     if device.type == "cpu":
         pack_for_cpu(ar)
     settings = preset_settings(default_preset(ar), no_cfg=False)

@@ -73,11 +73,7 @@ def read(file, folder):
         from huggingface_hub import hf_hub_download
 
         return load_file(hf_hub_download(REPOSITORY, file))  # once, to Hugging Face's cache
-    path = Path(folder) / file
-    if not path.is_file():
-        raise SystemExit(f"{path} does not exist: --from takes the folder that holds the folders "
-                         f"of https://huggingface.co/{REPOSITORY}, as they were downloaded")
-    return load_file(path)
+    return load_file(Path(folder) / file)
 
 
 # From an adaptive network to a plain one. `net` holds the tensors of a single network.
@@ -167,14 +163,6 @@ def quantizer(net):
 # The two models. No file of the release states a size: all are read off the shapes of the tensors.
 
 
-def build(model_class, cfg, weights):
-    """The model of these weights, in eval mode."""
-    with torch.device("meta"):  # it gets its memory from the weights
-        model = model_class(cfg)
-    model.load_state_dict(weights, assign=True)  # raises if a tensor or a shape does not fit
-    return model.eval()
-
-
 def import_tokenizer(encoder_file, decoder_file):
     """The tensors of a tokenizer's two files -> our Tokenizer."""
     encoder = part_of(encoder_file, "enc")
@@ -218,7 +206,9 @@ def import_tokenizer(encoder_file, decoder_file):
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
             weights[f"{part}.{name}"] = tensor
-    return build(Tokenizer, TokenizerConfig(layout, **sizes), weights)
+    tokenizer = Tokenizer(TokenizerConfig(layout, **sizes))
+    tokenizer.load_state_dict(weights)  # raises if a tensor or a shape does not fit
+    return tokenizer
 
 
 def import_ar(ar_file, tokenizer, preset):
@@ -239,7 +229,9 @@ def import_ar(ar_file, tokenizer, preset):
         classes=imagenet_classes() if num_classes == 1000 else [],
         preset=preset,
     )
-    return build(AR, cfg, weights)
+    ar = AR(cfg)
+    ar.load_state_dict(weights)
+    return ar
 
 
 def imagenet_classes():
