@@ -5,9 +5,6 @@ become an image again.
     codes = tokenizer.encode(images)  # (B, 3, H, W) in [-1, 1] -> (B, K+N) int64, prologue first
     images = tokenizer.decode(codes)  # (B, K+N) or (B, N) -> (B, 3, H, W)
 
-From top to bottom: attention and the one transformer block of encoder, decoder and AR model, the
-two quantizers, the Tokenizer with its four layouts, and at the end what every script needs.
-
 Letters in shapes: B images, N visual tokens, K prologue tokens, T tokens of any kind, D width, d
 width of a head, c width of a code, V visual and P prologue codebook size.
 """
@@ -23,7 +20,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -52,9 +48,7 @@ def attention(q, k, v, causal=False, mask=None):
     """softmax(q k^T / sqrt(d)) v of (B, T, heads, d); mask (T of q, T of k): where q may look."""
     if mask is None and can_flash(q.device, q.dtype):
         return flash_attn_func(q, k, v, causal=causal)
-    q = q.transpose(1, 2)  # (B, heads, T, d)
-    k = k.transpose(1, 2)
-    v = v.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, d)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return out.transpose(1, 2)  # (B, T, heads, d)
 
@@ -151,8 +145,7 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, causal=False, cache=None, start=0):
         x = x + self.dropout(self.attn(self.norm1(x), cos, sin, causal, cache, start))
-        x = x + self.dropout(self.mlp(self.norm2(x)))
-        return x
+        return x + self.dropout(self.mlp(self.norm2(x)))
 
 
 def init_weights(module, std=0.02):
@@ -168,9 +161,8 @@ class Transformer(nn.Module):
 
     def __init__(self, layers, dim, head_dim, hidden_ratio, bias, dropout=0.0):
         super().__init__()
-        hidden = round(hidden_ratio * dim)
         self.gradient_checkpointing = False  # set by the trainers
-        self.blocks = nn.ModuleList(Block(dim, head_dim, hidden, bias, dropout)
+        self.blocks = nn.ModuleList(Block(dim, head_dim, round(hidden_ratio * dim), bias, dropout)
                                     for _ in range(layers))
         self.apply(init_weights)
         for block in self.blocks:  # so that the residual stream does not grow with depth (GPT-2)
@@ -217,8 +209,7 @@ def nearest_code(z, codebook, chunk=1024):
 
 
 class VisualQuantizer(nn.Module):
-    """VQ with unit-norm codes (ViT-VQGAN): nearest code by cosine, straight-through estimator, all
-    in fp32."""
+    """VQ with unit-norm codes (ViT-VQGAN): nearest by cosine, straight-through, all in fp32."""
 
     def __init__(self, dim, codebook_size, code_dim):
         super().__init__()
@@ -247,12 +238,9 @@ class VisualQuantizer(nn.Module):
 
 
 def prob_ste(z, codebook, tau):
-    """Unit vectors z (..., c), codebook (P, c) -> one-hot (..., P) with the gradient of softmax(cos
-    / tau), indices.
-
-    Section 2.2: p + sg(onehot - p), where sg stops the gradient; as onehot + (p - sg(p)) the
-    forward is exactly one-hot.
-    """
+    """Unit vectors z (..., c), codebook (P, c) -> one-hot (..., P) with the gradient of p =
+    softmax(cos / tau), indices. Section 2.2: p + sg(onehot - p), where sg stops the gradient;
+    written as onehot + (p - sg(p)) the forward is exactly one-hot."""
     p = (z @ unit_norm(codebook).T / tau).softmax(-1)  # (..., P)
     codes = p.detach().argmax(-1)
     onehot = torch.zeros_like(p).scatter_(-1, codes[..., None], 1.0)
@@ -354,11 +342,9 @@ class Decoder(Encoder):
     the queries, which lie on the grid, change places."""
 
     def __init__(self, cfg):
-        n = cfg.num_visual
-        num_queries = n if cfg.layout == "1d" else 0
+        num_queries = cfg.num_visual if cfg.layout == "1d" else 0
         super().__init__(cfg, cfg.code_dim, cfg.decoder, num_queries)
-        if num_queries > 0:
-            self.angles = self.angles.roll(n, 0)  # first the line's angles, then the grid's
+        self.angles = self.angles.roll(num_queries, 0)  # 1d: first the line's, then the grid's
         _, dim = cfg.decoder
         self.norm = RMSNorm(dim)
         self.out = nn.Linear(dim, 3 * cfg.patch_size**2)
@@ -414,8 +400,7 @@ class Tokenizer(nn.Module):
         """Visual code vectors (B, N, c) -> images (B, 3, H, W)."""
         p = self.cfg.patch_size
         x = self.decoder(q)  # (B, N, p*p*3)
-        x = x.unflatten(1, (self.cfg.grid, -1))  # (B, rows, columns, p*p*3)
-        x = x.unflatten(3, (p, p, 3))  # (B, rows, columns, p, p, 3)
+        x = x.unflatten(1, (self.cfg.grid, -1)).unflatten(3, (p, p, 3))  # (B, rows, cols, p, p, 3)
         x = x.permute(0, 5, 1, 3, 2, 4)  # (B, 3, rows, p, columns, p)
         return x.flatten(4, 5).flatten(2, 3)
 
@@ -466,7 +451,7 @@ class Tokenizer(nn.Module):
         return load_model(path, "tokenizer", lambda cfg: cls(TokenizerConfig(**cfg)))
 
 
-# What the scripts share: files, the trainers' state and log, device and ranks
+# What the scripts share: files, device and ranks
 
 
 @contextlib.contextmanager
@@ -512,8 +497,8 @@ def read_safetensors(path, kind):
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{path}, which {maker} makes, cannot be read: {error}") from None
     if cfg.pop("kind", None) != kind:
-        raise SystemExit(f"{path} does not hold {kind!r} weights of these scripts (released ones "
-                         "are imported by tools/released.py)")
+        raise SystemExit(f"{path} holds no {kind!r} of these scripts (released weights are "
+                         "imported by tools/released.py)")
     return tensors, cfg
 
 
@@ -526,65 +511,6 @@ def load_model(path, kind, build):
         model = build(cfg)
     model.load_state_dict(tensors, assign=True)
     return model.float().eval().requires_grad_(False)
-
-
-def load_state(path, fixed, resume):
-    """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
-    All ranks do as the first, also where copies of the data differ from node to node."""
-    shared = [path.exists(), fixed]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    there, fixed = shared
-    if not (there and resume):
-        return None
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # torch would advise to unpickle freely
-        raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
-    for name, value in fixed.items():
-        if state["fixed"][name] != value:
-            raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, this "
-                             f"run has {value}")
-    return state
-
-
-def learning_rate(step, args):
-    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
-    flat = args.warmup + args.hold
-    ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
-    return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
-
-
-def log_entry(step, lr, terms, seconds, args):
-    """What the log says of a step: with `terms`, {name: 0-dim tensor}, as means over the ranks.
-    Ends the run if one of them is not finite. seconds: those of a step."""
-    values = torch.stack(list(terms.values()))
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    check_finite(f"step {step}", dict(zip(terms, values)))
-    entry = dict(step=step, lr=lr, images_per_s=args.batch_size / seconds,
-                 minutes_left=(args.steps - step) * seconds / 60)
-    return entry | dict(zip(terms, values.tolist()))
-
-
-def report(entry, path, size, args):
-    """A line of a trainer's log: in the file, of which the first `size` bytes are this run's, with
-    --wandb at Weights & Biases, and for people. Returns the new size."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as log:
-        log.truncate(min(size, log.tell()))
-        print(json.dumps(entry), file=log, flush=True)
-        size = log.tell()
-    if args.wandb:
-        import wandb
-
-        run = wandb.run or wandb.init(project=args.wandb, name=str(path), config=vars(args))
-        run.log(entry, step=entry["step"])
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
-    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print("  ".join(words), flush=True)
-    return size
 
 
 def setup(device="auto", dtype="fp32", timeout_hours=1):

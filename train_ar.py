@@ -12,6 +12,8 @@ train_ar.jsonl (the log) and train_ar.pt (the state for --resume).
 """
 
 import argparse
+import contextlib
+import json
 import shutil
 import time
 from collections import defaultdict
@@ -20,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig
 from pretokenize import visited_images
-from tokenizer import (TokenizerConfig, compile_blocks, finish, learning_rate, load_state,
-                       log_entry, read_safetensors, report, setup, writing)
+from tokenizer import (TokenizerConfig, check_finite, compile_blocks, finish, read_safetensors,
+                       setup, writing)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -50,6 +53,68 @@ class Tokens:
     def batch(self, images, crops=0):
         """Codes (B, K+N) and labels (B,), int64, of image numbers (B,) and crop numbers (B,)."""
         return torch.from_numpy(self.codes[images, crops].astype(np.int64)), self.labels[images]
+
+
+# What both trainers share: state, learning rate, log
+
+
+def load_state(path, fixed, resume):
+    """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
+    All ranks do as the first, also where copies of the data differ from node to node."""
+    shared = [path.exists(), fixed]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared)
+    there, fixed = shared
+    if not (there and resume):
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # torch would advise to unpickle freely
+        raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
+    for name, value in fixed.items():
+        if state["fixed"][name] != value:
+            raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, this "
+                             f"run has {value}")
+    return state
+
+
+def learning_rate(step, args):
+    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
+    flat = args.warmup + args.hold
+    ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
+    return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
+
+
+def log_entry(step, lr, terms, seconds, args):
+    """What the log says of a step: with `terms`, {name: 0-dim tensor}, as means over the ranks.
+    Ends the run if one of them is not finite. seconds: those of a step."""
+    values = torch.stack(list(terms.values()))
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    check_finite(f"step {step}", dict(zip(terms, values)))
+    entry = dict(step=step, lr=lr, images_per_s=args.batch_size / seconds,
+                 minutes_left=(args.steps - step) * seconds / 60)
+    return entry | dict(zip(terms, values.tolist()))
+
+
+def report(entry, path, size, args):
+    """A line of a trainer's log: in the file, of which the first `size` bytes are this run's, with
+    --wandb at Weights & Biases, and for people. Returns the new size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as log:
+        log.truncate(min(size, log.tell()))
+        print(json.dumps(entry), file=log, flush=True)
+        size = log.tell()
+    if args.wandb:
+        import wandb
+
+        run = wandb.run or wandb.init(project=args.wandb, name=str(path), config=vars(args))
+        run.log(entry, step=entry["step"])
+    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
+    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
+        print("  ".join(words), flush=True)
+    return size
 
 
 # Model and held-out measures

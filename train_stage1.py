@@ -56,8 +56,8 @@ from ar import SIZES as AR_SIZES
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, psnr, random_crop,
                          save_grid, to_float, to_uint8, visited_images)
 from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer, check_finite,
-                       compile_blocks, finish, learning_rate, load_state, log_entry, report, setup,
-                       writing)
+                       compile_blocks, finish, setup, writing)
+from train_ar import learning_rate, load_state, log_entry, report
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far

@@ -17,7 +17,8 @@ from ar import AR, ARConfig, padded_linear, sample_codes
 from pretokenize import center_crop, load_batches, psnr, to_float, to_uint8, views, visited_images
 from sample import PRESETS, pack_for_cpu, preset_settings
 from test_all import CFG, LABELS, gradients, models
-from tokenizer import Tokenizer, learning_rate, nearest_code, prob_ste, unit_norm, writing
+from tokenizer import Tokenizer, nearest_code, prob_ste, unit_norm, writing
+from train_ar import learning_rate
 from train_stage1 import Discriminator, Perceptual, Stage1, discriminator_loss, update_ema
 
 
@@ -182,8 +183,7 @@ def test_crops_are_those_of_adm_and_ten_of_its_centre_square():
 
 
 def test_visits_and_batches():
-    first = visited_images(3, 0, 10, 10)
-    second = visited_images(3, 10, 10, 10)
+    first, second = (visited_images(3, 10 * epoch, 10, 10) for epoch in range(2))
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     # Two ranks with four images each read what one with eight does.
