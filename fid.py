@@ -11,6 +11,7 @@ and recall.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -89,7 +90,9 @@ class Inception(nn.Module):
 
         try:
             if weights is None:  # checked against the hash in its name, renamed when complete
-                torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True, weights_only=True)
+                with contextlib.redirect_stdout(sys.stderr):  # it prints where it loads from
+                    torch.hub.load_state_dict_from_url(WEIGHTS_URL, check_hash=True,
+                                                       weights_only=True)
                 weights = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
             # torch-fidelity unpickles without a check; this line refuses a file that holds code.
             torch.load(weights, weights_only=True, map_location="cpu")
@@ -176,7 +179,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     trace = np.sqrt(scipy.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * trace
-    return max(0.0, float(distance))
+    return float(np.maximum(distance, 0))
 
 
 def radii(points, block):
@@ -243,7 +246,10 @@ def parse_args():
     flag("--batch_size", type=int, default=100, help="images per forward")
     flag("--out", default="out", help="folder where samples.npz is looked for")
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.tokenizer and args.reference:
+        parser.error("--tokenizer compares with the originals: give one set of images")
+    return args
 
 
 @torch.no_grad()

@@ -208,7 +208,7 @@ def is_image(name):
 
 def default_val(data):
     """The path `val` beside training images at a path `train`, or None if nothing is there."""
-    val = Path(data).with_name("val")
+    val = Path(data).parent / "val"
     archive, inside = split_zip(val)
     there = val.is_dir()
     if archive:

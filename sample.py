@@ -98,8 +98,8 @@ def load_pair(folder, device):
     tokenizer = Tokenizer.load(folder / "tokenizer.safetensors").to(device)
     ar = AR.load(folder / "ar.safetensors").to(device)
     if ar.cfg.tokenizer != tokenizer.cfg.fingerprint:  # a joint AR model's is ""
-        raise SystemExit(f"the AR model in {folder} was trained on codes of another tokenizer: run "
-                         "pretokenize.py and train_ar.py, or put that tokenizer beside it")
+        raise SystemExit(f"the AR model in {folder} was trained on codes of another tokenizer, or "
+                         "is stage 1's joint one: run pretokenize.py and train_ar.py")
     return tokenizer, ar
 
 
@@ -228,7 +228,7 @@ def parse_args():
     flag("--seed", type=int, default=0, help="of the noise")
 
     # How to draw; by default as the preset says
-    flag("--preset", choices=PRESETS, help="row of table A5; else that of the AR file or tiny")
+    flag("--preset", choices=PRESETS, help="row of table A5; else the AR file's, unguided or tiny")
     flag("--no_cfg", action="store_true", help="the preset's settings without guidance")
     flag("--cfg_visual", type=float, help="guidance: 1 is off, s * cond + (1 - s) * uncond")
     flag("--cfg_prologue", type=float, help="below 1 it pulls towards unconditional")
@@ -268,6 +268,8 @@ def main():
     elif device.type == "cpu" and args.dtype == "fp32":
         pack_for_cpu(ar)
     batch_size = max(1, args.batch_size // world_size)
+    if 0 < args.num_samples < world_size:
+        raise SystemExit(f"--num_samples {args.num_samples} is less than one for each rank")
 
     # Settings: those of the preset, where no flag says otherwise
     preset = args.preset or default_preset(ar)

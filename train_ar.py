@@ -87,7 +87,7 @@ def learning_rate(step, args):
 
 def log_entry(step, lr, terms, seconds, args):
     """What the log says of a step: with `terms`, {name: 0-dim tensor}, as means over the ranks.
-    Ends the run if one of them is not finite. seconds: those of a step."""
+    Ends the run if one of them is not finite. seconds: of a step, in the mean since the start."""
     values = torch.stack(list(terms.values()))
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -111,7 +111,7 @@ def report(entry, path, size, args):
 
         run = wandb.run or wandb.init(project=args.wandb, name=str(path), config=vars(args))
         run.log(entry, step=entry["step"])
-    words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry.items()]
+    words = [f"{name} {value:.6g}" for name, value in entry.items()]
     with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
         print("  ".join(words), flush=True)
     return size

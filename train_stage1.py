@@ -214,7 +214,7 @@ def build_tokenizer(args):
     else:
         raise SystemExit(f"--init {args.init} has the layout {old.cfg.layout}: give --layout "
                          f"{old.cfg.layout} to train it on (only a 2d one can change, to post)")
-    tokenizer = Tokenizer(replace(cfg, **changed))
+    tokenizer = Tokenizer(replace(cfg, fingerprint="", **changed))
     tokenizer.load_state_dict(old.state_dict(), strict=False)  # the layout post has more
     if args.layout == "post":
         for module in (tokenizer.encoder, tokenizer.visual_quantizer, tokenizer.decoder):
