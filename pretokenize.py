@@ -349,7 +349,7 @@ def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_si
 
     # One file of all parts
     if rank == 0:
-        codes = torch.cat([torch.load(file) for file in files])  # (images, views, K+N)
+        codes = torch.cat([torch.load(file, weights_only=True) for file in files])
         save_checkpoint(target, "codes", {"codes": codes, "labels": images.labels}, cfg)
         shutil.rmtree(folder)
         print(f"{target}: images x crops x codes {tuple(codes.shape)}", flush=True)
