@@ -256,7 +256,7 @@ class AR(nn.Module):
     @classmethod
     def load(cls, path):
         """A frozen AR model in eval mode from a file that `save` wrote."""
-        return load_model(path, "ar", lambda cfg: cls(ARConfig(**cfg)))
+        return load_model(path, "ar", cls, ARConfig)
 
 
 def padded_linear(x, weight):

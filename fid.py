@@ -143,7 +143,7 @@ def inception_score(p, split=5000):
     scores = []
     for part in p.double().split(split):
         p_y = part.mean(0)  # (classes,)
-        kl = torch.special.xlogy(part, part).sum(1).mean() - torch.special.xlogy(p_y, p_y).sum()
+        kl = torch.special.entr(p_y).sum() - torch.special.entr(part).sum(1).mean()
         scores.append(kl.exp())
     return torch.stack(scores).mean().item()
 

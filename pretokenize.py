@@ -149,10 +149,13 @@ class Images:
         self.places = [found[name] for name in self.names]
         if not self.names:
             raise SystemExit(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})")
-        folders = [name.split("/")[0] if "/" in name else "" for name in self.names]
-        if {"train", "val"} <= set(folders):
-            raise SystemExit(f"{path} holds train and val: give --data {path}/train")
-        if "" in folders and len(set(folders)) > 1:
+        folders = [posixpath.dirname(name).split("/")[0] for name in self.names]
+        tops = set(folders)
+        lone = len(tops) == 1 and all(name.count("/") > 1 for name in self.names)  # a zipped one
+        if lone or {"train", "val"} <= tops:
+            raise SystemExit(f"{path} holds the folders {sorted(tops)} and not classes: add one of "
+                             "them to the path")
+        if "" in tops and len(tops) > 1:
             alone = self.names[folders.index("")]
             raise SystemExit(f"{path} holds the image {alone} beside folders: a folder for each "
                              "class, or all images side by side, is needed")
@@ -289,7 +292,7 @@ def load_batches(load, batches, num_workers):
 def save_grid(path, rows):
     """Rows of uint8 images (n, H, W, 3), all of one length, as one PNG, two white pixels between
     neighbours; images under 56 pixels are enlarged."""
-    images = torch.cat([torch.as_tensor(row) for row in rows]).permute(0, 3, 1, 2)  # (n, 3, H, W)
+    images = torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)  # (n, 3, H, W)
     scale = max(1, 56 // images.shape[2])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     sheet = make_grid(images, nrow=len(rows[0]), padding=2, pad_value=255)  # (3, height, width)

@@ -109,9 +109,9 @@ def noise_of(seed, numbers, length):
     return torch.from_numpy(np.stack(rows))
 
 
-def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None, visual=None):
-    """Codes (n, K+N) of images with labels (n,) and numbers (n,), `batch_size` at a time; settings
-    are keyword arguments of AR.generate, prologue (n, K) and visual (n, m) are kept where given."""
+def draw(ar, labels, numbers, seed, batch_size, settings, **kept):
+    """Codes (n, K+N) of images with labels (n,) and numbers (n,), `batch_size` at a time. For
+    AR.generate are the settings, and what is kept: prologue (n, K) and visual (n, m)."""
     device = ar.head.weight.device
     length = ar.cfg.num_prologue + ar.cfg.num_visual
     numbers = torch.as_tensor(numbers)
@@ -121,8 +121,7 @@ def draw(ar, labels, numbers, seed, batch_size, settings, prologue=None, visual=
         if ar.compiled_step:  # for one batch size: a short batch is padded with its last image
             batch = torch.cat([batch, batch[-1:].expand(batch_size - wanted)])
         drawn = ar.generate(labels[batch].to(device), noise=noise_of(seed, numbers[batch], length),
-                            prologue=None if prologue is None else prologue[batch],
-                            visual=None if visual is None else visual[batch], **settings)
+                            **{name: whole[batch] for name, whole in kept.items()}, **settings)
         codes.append(drawn[:wanted])
     return torch.cat(codes)
 
@@ -150,7 +149,7 @@ def class_numbers(chosen, ar):
     count = ar.cfg.num_classes
     if not chosen:
         return sorted({i * count // 10 for i in range(10)})
-    known = {str(i): i for i in range(count)} | {name: i for i, name in enumerate(ar.cfg.classes)}
+    known = {str(i): i for i in range(count)} | dict(zip(ar.cfg.classes, range(count)))
     numbers = [known.get(unicodedata.normalize("NFC", text)) for text in chosen]
     if None in numbers:
         raise SystemExit(f"--classes {chosen[numbers.index(None)]}: a number from 0 to {count - 1} "

@@ -448,7 +448,7 @@ class Tokenizer(nn.Module):
     @classmethod
     def load(cls, path):
         """A frozen tokenizer in eval mode from a file that `save` wrote."""
-        return load_model(path, "tokenizer", lambda cfg: cls(TokenizerConfig(**cfg)))
+        return load_model(path, "tokenizer", cls, TokenizerConfig)
 
 
 # What the scripts share: files, device and ranks
@@ -502,13 +502,12 @@ def read_safetensors(path, kind):
     return tensors, cfg
 
 
-def load_model(path, kind, build):
-    """The frozen model, in eval mode, of a checkpoint; build(cfg) makes it. Weights in half
-    precision become fp32."""
+def load_model(path, kind, model_class, config_class):
+    """The frozen model, in eval mode, of a checkpoint. Weights in half precision become fp32."""
     tensors, cfg = read_safetensors(path, kind)
     check_finite(path, tensors)
     with torch.random.fork_rng(devices=[]):  # the random weights are replaced: nobody's draw
-        model = build(cfg)
+        model = model_class(config_class(**cfg))
     model.load_state_dict(tensors, assign=True)
     return model.float().eval().requires_grad_(False)
 

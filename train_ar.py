@@ -72,9 +72,9 @@ def load_state(path, fixed, resume):
     except Exception:  # torch would advise to unpickle freely
         raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
     for name, value in fixed.items():
-        if state["fixed"][name] != value:
-            raise SystemExit(f"--resume: {path} was made with {name} {state['fixed'][name]}, this "
-                             f"run has {value}")
+        before = state["fixed"].get(name)
+        if before != value:
+            raise SystemExit(f"--resume: {path} was made with {name} {before} and not {value}")
     return state
 
 
@@ -111,9 +111,8 @@ def report(entry, path, size, args):
 
         run = wandb.run or wandb.init(project=args.wandb, name=str(path), config=vars(args))
         run.log(entry, step=entry["step"])
-    words = [f"{name} {value:.6g}" for name, value in entry.items()]
     with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print("  ".join(words), flush=True)
+        print(*(f"{name} {value:.6g}" for name, value in entry.items()), sep="  ", flush=True)
     return size
 
 
@@ -248,8 +247,8 @@ def main():
     start_step = 0
     log_size = 0
     lowest = (float("inf"), 0)  # held-out nats, and their step
-    fixed = dict(ar=asdict(ar.cfg), codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
-                 beta2=args.beta2, weight_decay=args.weight_decay)
+    fixed = asdict(ar.cfg) | dict(codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
+                                  beta2=args.beta2, weight_decay=args.weight_decay)
     state = load_state(out / "train_ar.pt", fixed, args.resume)
     if state is not None:
         ar.load_state_dict(state["ar"])

@@ -405,8 +405,8 @@ def main():
     # Resume
     parts = [stage1, ema, discriminator, *optimizers]
     log = out / "train_stage1.jsonl"
-    fixed = dict(tokenizer=asdict(tokenizer.cfg), images=images.digest(), crop=args.crop,
-                 flip=args.flip, batch_size=args.batch_size, seed=args.seed)
+    fixed = asdict(tokenizer.cfg) | dict(images=images.digest(), crop=args.crop, flip=args.flip,
+                                         batch_size=args.batch_size, seed=args.seed)
     state = load_state(out / "train_stage1.pt", fixed, args.resume)
     start_step = 0
     log_size = 0

@@ -133,8 +133,8 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
     pair = pipeline()
     made = tmp_path / "made"
     cow = files(made / "cow", "cow/1.png")
-    half = files(made / "broken", "cat/half.png") / "cat" / "half.png"
-    half.write_bytes(SHOE[:500])
+    splits = ["mine/train/cat/1.png", "mine/val/cat/1.png"]
+    (files(made / "broken", "cat/half.png") / "cat" / "half.png").write_bytes(SHOE[:500])
     np.savez(made / "large.npz", np.zeros((4, 32, 32, 3), np.uint8))
     other = ["--tokenizer", ROOT / "checkpoints" / "fashion_mnist" / "tokenizer.safetensors"]
     for folder, ar in (("mixed", (pair / "ar.safetensors").read_bytes()), ("cut", SHOE[:500])):
@@ -151,7 +151,8 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("notes.zip holds no images", *stage1, files(made / "notes.zip", "notes.csv")),
         ("a dataset of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
         ("1.png beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
-        ("give --data", *stage1, files(made / "parent.zip", "train/cat/1.png", "val/cat/1.png")),
+        ("holds the folders ['train', 'val']", *stage1, files(made / "z.zip", *splits) / "mine"),
+        ("holds the folders ['mine'] and not", *stage1, made / "z.zip"),
         ("half.png cannot be read as an image", *stage1, made / "broken"),
         ("28 is not a multiple of the patch size 5", *stage1, cow, "--patch_size", 5),
         ("does not divide into 1 ranks", *stage1, cow, "--micro_batch_size", 3),
@@ -163,7 +164,6 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("ar.safetensors, which train_ar.py makes", *draw, "--pair", made / "cut"),
         ("which train_stage1.py makes", "sample", "--out", tmp_path / "mnie"),
         ("--classes 7: a number from 0 to 1", *draw, "--classes", 7),
-        ("half.png cannot be read as an image", *draw, "--image", half),
         ("nothing.npz does not exist", "fid", "nothing.npz"),
         ("Inception cannot be loaded", "fid", pair / "samples.npz", "--inception", state),
         ("images to compare with are needed", "fid", made / "large.npz"),

@@ -40,12 +40,12 @@ class Buttons:
         self.names = ar.cfg.classes or [str(i) for i in range(ar.cfg.num_classes)]
 
     @torch.no_grad()
-    def paint(self, text, label, seed, chosen, prologue=None, visual=None):
-        """Pictures that begin with the codes prologue (n, K) and visual (n, m), if given."""
+    def paint(self, text, label, seed, chosen, **kept):
+        """Pictures that begin with the codes prologue (n, K) and visual (n, m), where given."""
         n = self.columns
         labels = torch.full((n,), self.names.index(label))
         settings = dict(zip(SLIDERS, chosen))
-        codes = draw(self.ar, labels, range(n), seed, n, settings, prologue, visual)
+        codes = draw(self.ar, labels, range(n), seed, n, settings, **kept)
         images = decode(self.tokenizer, codes, n).numpy()  # (n, H, W, 3)
         pictures = [(image, str(i + 1)) for i, image in enumerate(images)]
         prologue = codes[:, : self.ar.cfg.num_prologue].cpu()
@@ -58,14 +58,14 @@ class Buttons:
     def keep_prologue(self, label, seed, picture, prologue, *chosen):
         kept = prologue[picture - 1].expand(self.columns, -1)
         text = f"All pictures share prologue {picture}; their visual tokens are drawn again."
-        return seed + 1, *self.paint(text, label, seed + 1, chosen, kept)
+        return seed + 1, *self.paint(text, label, seed + 1, chosen, prologue=kept)
 
     def change_token(self, label, seed, picture, position, code, prologue, *chosen):
         changed = prologue.clone()
         changed[picture - 1, position - 1] = code
         text = (f"Token {position} of prologue {picture} is now {code}; the noise of the visual "
                 "tokens is the same as before.")
-        return self.paint(text, label, seed, chosen, changed)
+        return self.paint(text, label, seed, chosen, prologue=changed)
 
     def vary(self, label, seed, uploaded, share, *chosen):
         """Pictures under the prologue of `uploaded` (PIL, RGB), with its rows of patches from the
@@ -76,13 +76,12 @@ class Buttons:
         crop = torch.tensor(center_crop(uploaded, cfg.image_size))  # (H, W, 3)
         x = to_float(crop[None]).to(self.ar.head.weight.device)
         codes = self.tokenizer.encode(x)  # (1, K+N)
-        kept = codes.expand(self.columns, -1)
-        prologue = kept[:, :k] if k > 0 else None
-        visual = kept[:, k : k + rows * cfg.grid]
+        whole = codes.expand(self.columns, -1)
+        kept = dict(prologue=whole[:, :k], visual=whole[:, k : k + rows * cfg.grid])
         text = (f"Your picture, the lower {cfg.grid - rows} of {cfg.grid} rows of patches drawn "
                 "again.")
         reconstruction = decode(self.tokenizer, codes, 1)[0].numpy()
-        return reconstruction, *self.paint(text, label, seed, chosen, prologue, visual)
+        return reconstruction, *self.paint(text, label, seed, chosen, **kept)
 
 
 def build_page(buttons, settings):
