@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import signal
 import sys
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -515,7 +514,7 @@ def load_model(path, kind, model_class, config_class):
 def setup(device="auto", dtype="fp32", timeout_hours=1):
     """-> rank, world_size, device, autocast of this process. Without torchrun, which starts the
     ranks, one process does everything; the dtype "auto" is bf16 on GPUs that have it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the run without a traceback
+    torch.set_float32_matmul_precision("highest")  # some containers start with TF32
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # class names in any script, on any terminal
     rank = 0

@@ -247,12 +247,12 @@ def main():
     start_step = 0
     log_size = 0
     lowest = (float("inf"), 0)  # held-out nats, and their step
-    fixed = asdict(ar.cfg) | dict(codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
-                                  beta2=args.beta2, weight_decay=args.weight_decay)
+    fixed = dict(asdict(ar.cfg), codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
+                 beta2=args.beta2, weight_decay=args.weight_decay)
     state = load_state(out / "train_ar.pt", fixed, args.resume)
     if state is not None:
-        ar.load_state_dict(state["ar"])
-        optimizer.load_state_dict(state["optimizer"])
+        ar.load_state_dict(state.pop("ar"))
+        optimizer.load_state_dict(state.pop("optimizer"))
         start_step = state["step"]
         log_size = state["log_size"]
         lowest = state["lowest"]
@@ -264,7 +264,7 @@ def main():
     ar.transformer.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         compile_blocks(ar)
-    model = DistributedDataParallel(ar) if world_size > 1 else ar
+    model = DistributedDataParallel(ar, broadcast_buffers=False) if world_size > 1 else ar
 
     # The loop
     ar.train()

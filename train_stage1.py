@@ -348,8 +348,7 @@ def parse_args():
     if args.onestage and args.layout not in ("prologue", "post"):
         parser.error("--onestage is for the layouts prologue and post")
     if args.layout == "post":
-        args.perceptual = "none"  # only CE trains it, there is no reconstruction to judge
-        args.gan_weight = 0.0
+        args.gan_weight = 0.0  # only CE trains it, there is no reconstruction to judge
     return args
 
 
@@ -402,16 +401,16 @@ def main():
                   torch.optim.AdamW(discriminator.parameters(), lr=args.lr, fused=True,
                                     betas=(0.0, 0.99), weight_decay=1e-4)]
 
-    # Resume
+    # Resume, on a device of the same type: the order of Adam's moments in memory is its own
     parts = [stage1, ema, discriminator, *optimizers]
     log = out / "train_stage1.jsonl"
-    fixed = asdict(tokenizer.cfg) | dict(images=images.digest(), crop=args.crop, flip=args.flip,
-                                         batch_size=args.batch_size, seed=args.seed)
+    fixed = dict(asdict(tokenizer.cfg), images=images.digest(), crop=args.crop, flip=args.flip,
+                 batch_size=args.batch_size, seed=args.seed, device=device.type)
     state = load_state(out / "train_stage1.pt", fixed, args.resume)
     start_step = 0
     log_size = 0
     if state is not None:
-        for part, saved in zip(parts, state["parts"]):
+        for part, saved in zip(parts, state.pop("parts")):
             part.load_state_dict(saved)
         start_step = state["step"]
         log_size = state["log_size"]
@@ -427,7 +426,7 @@ def main():
             module.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         compile_blocks(stage1)
-    model = DistributedDataParallel(stage1) if world_size > 1 else stage1
+    model = DistributedDataParallel(stage1, broadcast_buffers=False) if world_size > 1 else stage1
 
     # Batches of visits, one for each micro-batch, that a loader reads ahead of the loop
     steps = range(start_step + 1, args.steps + 1)

@@ -5,12 +5,12 @@
 #
 # GB on each of 8 cards by estimate: state (22 bytes a parameter: weights, gradients, Adam, DDP's
 # buckets, bf16 copies; no EMA), compiled blocks (52 KB a token in XL, 42 in L, 31 in B), logits
-# (2.5 x fp32, 17,409 wide on Base tokenizers, 5,121 on Large ones).
+# (4 x fp32, 17,409 wide on Base tokenizers, 5,121 on Large ones).
 #   row              images a card   at a time   state   blocks   logits   sum   the paper's cards
-#   AR-B on Base                64          64       3        7        3    13                   8
-#   AR-B on Large              256         256       2       26        4    32
-#   b_l                         64          64       8       17        3    28
-#   b_xl                        64          64      15       29        3    47
+#   AR-B on Base                64          64       3        7        5    15                   8
+#   AR-B on Large              256         256       2       26        6    34
+#   b_l                         64          64       8       17        5    30
+#   b_xl                        64          64      15       29        5    49
 #   l_l                        256          64       7       17        1    25                   8
 #   l_xl                       256          64      14       29        1    44                  32
 # On Base tokenizers 400 epochs, 2e-4 to 5e-5, as the paper says; on Large ones 800, 4e-4 to 1e-5,

@@ -62,7 +62,6 @@ def wide_networks_and_r1_in_every_second_step():
 def run(script, *args):
     """Calls main as in a process of its own."""
     torch.compiler.reset()
-    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script.__name__, *map(str, args)])

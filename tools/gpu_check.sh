@@ -38,7 +38,7 @@ if [ "$DEV" = cuda ]; then
     say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader)"
     "$PYTHON" -c "import xdist" 2> /dev/null && test_args+=(-n 6 --dist worksteal)
 fi
-stage 130 "$PYTHON" -m pytest "${test_args[@]}" tests/test_gpu.py
+stage 130 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest "${test_args[@]}" tests/test_gpu.py
 
 if [ "$DEV" = cuda ]; then
     bench 90 stage1 --size B --compile --profile --num_workers 12
