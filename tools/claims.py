@@ -55,7 +55,7 @@ STAGE2 = dict(size="nano", steps=600, batch_size=32, lr=1e-3, min_lr=1e-5, warmu
 
 # The grids without and with guidance; the last axis only where there is a prologue
 PLAIN = ["temperature=0.4,0.5,0.6,0.7,0.8,0.9,0.95,1,1.05", "temperature_prologue=0.7,0.85,1"]
-GUIDED = ["temperature=0.8,0.9,1", "cfg_visual=1.25,1.5,2,3", "cfg_prologue=0.7,1"]
+GUIDED = ["temperature=0.7,0.8,0.9", "cfg_visual=2,3,4,6", "cfg_prologue=1,1.5,2.5"]
 
 # Column of the table: value of a cell
 COLUMNS = {"rFID": "rfid", "PSNR": "psnr", "nats prologue": "val_nats_prologue",
