@@ -119,7 +119,7 @@ def test_sampling_draws_from_the_filtered_distribution():
 
 
 @pytest.mark.parametrize("given, kept", [("prologue", slice(0, 3)), ("visual", slice(3, 8))])
-def test_generate_goes_on_behind_given_codes(given, kept):
+def test_generate_goes_on_after_given_codes(given, kept):
     """What would have been drawn, given beforehand, changes nothing after it; other codes do."""
     _, ar, _ = models()
     labels = torch.arange(5)
