@@ -24,8 +24,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fid
-from pretokenize import (Images, center_crop, default_val, load_batches, save_grid, to_float,
-                         to_uint8)
+from pretokenize import Images, center_crop, load_batches, save_grid, to_float, to_uint8
 from tokenizer import Tokenizer, setup
 
 
@@ -66,7 +65,7 @@ def main():
     size = samples.shape[1]
     codes = Path(args.samples).with_name("codes.safetensors")
     images = Images(args.data or fid.default_images(codes, (size, size), "train"))
-    held_out = Images(args.val_data or default_val(images.path))
+    held_out = Images(args.val_data or images.path.with_name("val"))
     tokenizer = Tokenizer.load(args.tokenizer).to(device) if args.tokenizer else None
     if args.by == "features":
         _, network = fid.feature_network((size, size), None, device)
