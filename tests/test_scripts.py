@@ -170,6 +170,7 @@ def test_every_layout_goes_through_all_scripts(tmp_path):
             call("pretokenize", "--data", folder() / "train", *out)
             call("train_ar", *STEPS, "--steps", 1, *out)
         call("sample", *out, "--num_samples", 4, "--columns", 1)
+        assert torch.get_float32_matmul_precision() == "highest"  # the trainers had left "high"
     plain, post = (load_file(tmp_path / name / "codes.safetensors") for name in ("2d", "post"))
     assert torch.equal(plain["codes"], post["codes"][..., 8:])  # what makes them is frozen
 
