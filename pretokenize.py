@@ -151,7 +151,8 @@ class Images:
             raise SystemExit(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})")
         folders = [posixpath.dirname(name).split("/")[0] for name in self.names]
         tops = set(folders)
-        lone = len(tops) == 1 and all(name.count("/") > 1 for name in self.names)  # a zipped one
+        # A zip of a folder has that folder alone at its top
+        lone = len(tops) == 1 and all(name.count("/") > 1 for name in self.names)
         if lone or {"train", "val"} <= tops:
             raise SystemExit(f"{path} holds the folders {sorted(tops)} and not classes: add one of "
                              "them to the path")

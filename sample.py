@@ -110,8 +110,8 @@ def noise_of(seed, numbers, length):
 
 
 def draw(ar, labels, numbers, seed, batch_size, settings, **kept):
-    """Codes (n, K+N) of images with labels (n,) and numbers (n,), `batch_size` at a time. For
-    AR.generate are the settings, and what is kept: prologue (n, K) and visual (n, m)."""
+    """Codes (n, K+N) of images with labels (n,) and numbers (n,), `batch_size` at a time. The
+    settings go to AR.generate, and so do codes to keep: prologue (n, K), visual (n, m)."""
     device = ar.head.weight.device
     length = ar.cfg.num_prologue + ar.cfg.num_visual
     numbers = torch.as_tensor(numbers)

@@ -242,7 +242,7 @@ def main():
     optimizer = torch.optim.AdamW(ar.parameter_groups(args.weight_decay), lr=args.lr,
                                   betas=(0.9, args.beta2), fused=True)
 
-    # Resume
+    # Resume; what is popped is not kept in memory, 8 GB a rank for XL
     log = out / "train_ar.jsonl"
     start_step = 0
     log_size = 0
@@ -260,7 +260,7 @@ def main():
         size = sum(p.numel() for p in ar.parameters()) / 1e6
         print(f"{size:.1f}M parameters, from step {start_step + 1}", flush=True)
 
-    # Compilation and ranks
+    # Compilation and ranks; the only buffers, RoPE tables, never change
     ar.transformer.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         compile_blocks(ar)

@@ -401,7 +401,7 @@ def main():
                   torch.optim.AdamW(discriminator.parameters(), lr=args.lr, fused=True,
                                     betas=(0.0, 0.99), weight_decay=1e-4)]
 
-    # Resume, on a device of the same type: the order of Adam's moments in memory is its own
+    # Resume, on the same type of device, which decides the memory layout of Adam's moments
     parts = [stage1, ema, discriminator, *optimizers]
     log = out / "train_stage1.jsonl"
     fixed = dict(asdict(tokenizer.cfg), images=images.digest(), crop=args.crop, flip=args.flip,
@@ -420,7 +420,7 @@ def main():
         print(f"measuring {val_images}{'' if val_data else ', none are held out'}")
         print(f"{size:.1f}M parameters, from step {start_step + 1}", flush=True)
 
-    # Compilation and ranks
+    # Compilation and ranks; the only buffers, RoPE tables, never change
     for module in stage1.modules():
         if isinstance(module, Transformer):
             module.gradient_checkpointing = args.gradient_checkpointing
