@@ -5,9 +5,9 @@ RUN = $(VENV)/bin/python
 .PHONY: demo test lint
 
 demo: $(VENV)/installed
-	$(RUN) train_stage1.py
+	$(RUN) train_stage1.py --resume
 	$(RUN) pretokenize.py
-	$(RUN) train_ar.py
+	$(RUN) train_ar.py --resume
 	$(RUN) sample.py --pair out --out out --num_samples 2000
 	$(RUN) sample.py --pair out --out out/no_cfg --num_samples 2000 --no_cfg
 	$(RUN) fid.py --tokenizer out/tokenizer.safetensors

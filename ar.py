@@ -55,50 +55,55 @@ class ARConfig:
     preset: str = ""  # the row of sample.PRESETS for this model, if it has one of its own
 
     @classmethod
-    def for_tokenizer(cls, cfg, **rest):
-        """The config of an AR model over the codes of a tokenizer with TokenizerConfig `cfg`."""
-        return cls(num_prologue=cfg.num_prologue, num_visual=cfg.num_visual,
-                   codebook_size=cfg.codebook_size,
-                   prologue_codebook_size=cfg.prologue_codebook_size, **rest)
+    def for_tokenizer(cls, config, **rest):
+        """The config of an AR model over the codes of a tokenizer with TokenizerConfig `config`."""
+        return cls(num_prologue=config.num_prologue, num_visual=config.num_visual,
+                   codebook_size=config.codebook_size,
+                   prologue_codebook_size=config.prologue_codebook_size, **rest)
 
 
 class AR(nn.Module):
     """Decoder-only transformer. Labels (B,) are int64 from 0 to num_classes, and num_classes means
     unconditional."""
 
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.cfg = cfg
-        num_eos = 1 if cfg.num_prologue > 0 else 0
-        self.length = cfg.num_prologue + num_eos + cfg.num_visual  # L
-        self.eos = cfg.codebook_size + cfg.prologue_codebook_size
+        self.config = config
+        num_eos = 1 if config.num_prologue > 0 else 0
+        self.length = config.num_prologue + num_eos + config.num_visual  # L
+        self.eos = config.codebook_size + config.prologue_codebook_size
+        self.no_class = config.num_classes  # the label that means unconditional
         vocabulary = self.eos + num_eos
-        # A class begins the sequence, where a language model has BOS; the last row is for none.
-        self.bos = nn.Embedding(cfg.num_classes + 1, cfg.dim)
-        self.embedding = nn.Embedding(vocabulary, cfg.dim)
-        self.dropout = nn.Dropout(cfg.dropout)
-        self.transformer = Transformer(cfg.layers, cfg.dim, cfg.head_dim, hidden_ratio=11 / 4,
-                                       bias=False, dropout=cfg.dropout)
-        self.norm = RMSNorm(cfg.dim)
-        self.head = nn.Linear(cfg.dim, vocabulary, bias=False)
-        for module in (self.bos, self.embedding, self.head):
+        # A class begins the sequence, as BOS does in a language model; the last row is for no class
+        self.class_embedding = nn.Embedding(config.num_classes + 1, config.dim)
+        self.token_embedding = nn.Embedding(vocabulary, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.transformer = Transformer(config.layers, config.dim, config.head_dim,
+                                       hidden_ratio=11 / 4, bias=False, dropout=config.dropout)
+        self.norm = RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, vocabulary, bias=False)
+        for module in (self.class_embedding, self.token_embedding, self.head):
             init_weights(module)
-        # Along a sequence only l moves. Its dimensions are the first of a head here, as in the
-        # released weights; the rest do not turn.
+        # A sequence has one axis, l, whose dimensions come first in a head here, as in the released
+        # weights; those of row and column are not turned.
         positions = torch.arange(self.length)
-        angles = rope_angles(positions, rope_axis_dims(cfg.head_dim)[2], 10000.0)
-        angles = F.pad(angles, (0, cfg.head_dim // 2 - angles.shape[1]))  # (L, d/2)
+        angles = rope_angles(positions, rope_axis_dims(config.head_dim)[2], 10000.0)
+        angles = F.pad(angles, (0, config.head_dim // 2 - angles.shape[1]))  # (L, d/2)
         self.register_buffer("angles", angles, persistent=False)
         self.compiled_step = None  # see compile_step
         self.caches = {}  # batch size: the caches of the compiled step
 
+    def first_input(self, labels):
+        """labels (B,) -> what position 0 reads (B, 1, D); a second condition would come in here."""
+        return self.class_embedding(labels)[:, None]
+
     def sequence(self, codes):
         """codes (B, K+N), each counted from 0 -> tokens (B, L) of the one vocabulary."""
-        k = self.cfg.num_prologue
+        k = self.config.num_prologue
         if k == 0:
             return codes
         eos = codes.new_full((len(codes), 1), self.eos)
-        return torch.cat([codes[:, :k] + self.cfg.codebook_size, eos, codes[:, k:]], 1)
+        return torch.cat([codes[:, :k] + self.config.codebook_size, eos, codes[:, k:]], 1)
 
     def forward(self, codes, labels, onehot=None, drop=None):
         """codes (B, K+N), labels (B,) -> logits (B, L, vocabulary) in fp32.
@@ -108,19 +113,20 @@ class AR(nn.Module):
         drop: (B,) bool, images whose visual tokens are hidden from the input: EOS stands in for
             each (visual token dropout). What is left to predict them from is the prologue.
         """
-        k = self.cfg.num_prologue
+        k = self.config.num_prologue
         tokens = self.sequence(codes)[:, :-1]  # (B, L-1), the last token is never an input
         if drop is not None and k > 0:
             visual = torch.arange(self.length - 1, device=tokens.device) > k  # all after EOS
             tokens = tokens.masked_fill(drop[:, None] & visual, self.eos)
         if onehot is None:
-            x = self.embedding(tokens)
+            x = self.token_embedding(tokens)
         elif k > 0:
-            prologue_rows = self.embedding.weight[self.cfg.codebook_size : self.eos]  # (P, D)
-            x = torch.cat([onehot @ prologue_rows, self.embedding(tokens[:, k:])], 1)
+            v = self.config.codebook_size
+            prologue_embedding = self.token_embedding.weight[v : self.eos]  # (P, D)
+            x = torch.cat([onehot @ prologue_embedding, self.token_embedding(tokens[:, k:])], 1)
         else:  # the vocabulary is the visual codebook
-            x = onehot[:, :-1] @ self.embedding.weight
-        x = torch.cat([self.bos(labels)[:, None], x], 1)  # (B, L, D)
+            x = onehot[:, :-1] @ self.token_embedding.weight
+        x = torch.cat([self.first_input(labels), x], 1)  # (B, L, D)
         x = self.transformer(self.dropout(x), self.angles, causal=True)
         with torch.autocast(x.device.type, enabled=False):
             head = padded_linear if x.is_cuda else F.linear
@@ -137,13 +143,13 @@ class AR(nn.Module):
     def measure(self, codes, labels):
         """How well codes (B, K+N) are predicted, in all and by token group: a dict of nats per
         image (B,) and top-1 accuracy (B,), as nats, nats_prologue, accuracy_prologue, ..."""
-        k = self.cfg.num_prologue
+        k = self.config.num_prologue
         tokens = self.sequence(codes)  # (B, L)
         logits = self(codes, labels)  # (B, L, vocabulary)
         nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
         nats = nats.view(tokens.shape)  # (B, L)
         right = (logits.argmax(-1) == tokens).float()  # (B, L)
-        groups = {"visual": slice(-self.cfg.num_visual, None)}
+        groups = {"visual": slice(-self.config.num_visual, None)}
         if k > 0:
             groups |= {"prologue": slice(k), "eos": slice(k, k + 1)}
         result = {"nats": nats.sum(1)}
@@ -153,8 +159,9 @@ class AR(nn.Module):
         return result
 
     def compile_step(self):
-        """From now on `generate` compiles the step of a single token, on CUDA to a CUDA graph. For
-        each batch size its caches are kept, because a graph always writes to the same memory."""
+        """From now on `generate` compiles the step of a single token, on CUDA to a CUDA graph. Such
+        a graph always writes to the same memory, so the caches of a batch size are kept and filled
+        anew for each batch; what is left of an earlier one lies behind `start` and is masked."""
         self.compiled_step = torch.compile(self.step, mode="reduce-overhead", dynamic=False)
 
     def step(self, x, caches, start):
@@ -165,19 +172,19 @@ class AR(nn.Module):
         x = self.transformer(x, angles, causal=True, caches=caches, start=start)
         return self.norm(x[:, -1])
 
-    def draw_tokens(self, labels, prefix, rows, scales, noise, **sampling):
+    def draw_tokens(self, labels, prefix, allowed, scales, noise, **sampling):
         """Draws len(scales) codes, one after the other, that follow the tokens `prefix` (B, T).
 
-        rows: slice of the vocabulary to draw from. scales: guidance of each code. noise: (B, at
+        allowed: slice of the vocabulary to draw from. scales: guidance of each code. noise: (B, at
         least len(scales)). sampling: of sample_codes. Returns codes (B, len(scales)), counted from
-        0 in `rows`. Where a shape says 2B, it is B without guidance.
+        0 in `allowed`. Where a shape says 2B, it is B without guidance.
         """
         halves = 1
         if any(scale != 1 for scale in scales):
             halves = 2  # the class and the unconditional one run as one batch
-            labels = torch.cat([labels, torch.full_like(labels, self.cfg.num_classes)])
-        x = self.embedding(prefix).repeat(halves, 1, 1)  # (2B, T, D)
-        x = torch.cat([self.bos(labels)[:, None], x], 1)  # (2B, 1+T, D)
+            labels = torch.cat([labels, torch.full_like(labels, self.no_class)])
+        x = self.token_embedding(prefix).repeat(halves, 1, 1)  # (2B, T, D)
+        x = torch.cat([self.first_input(labels), x], 1)  # (2B, 1+T, D)
         compiled = self.compiled_step is not None
         caches = [KVCache(self.length, compiled) for _ in self.transformer.blocks]
         if compiled:
@@ -191,13 +198,14 @@ class AR(nn.Module):
                 h = self.step(x, caches, start)  # (2B, D)
             start += x.shape[1]
             with torch.autocast(h.device.type, enabled=False):
-                logits = self.head(h)[:, rows]  # (2B, codes), those that are allowed here
+                logits = self.head(h)[:, allowed]  # (2B, codes)
             if halves == 2:
                 conditional, unconditional = logits.chunk(2)
                 logits = scale * conditional + (1 - scale) * unconditional  # (B, codes)
             code = sample_codes(logits, noise[:, i], **sampling)  # (B,)
             codes.append(code)
-            x = self.embedding(code + rows.start)[:, None].repeat(halves, 1, 1)  # (2B, 1, D)
+            x = self.token_embedding(code + allowed.start)[:, None]  # (B, 1, D)
+            x = x.repeat(halves, 1, 1)  # (2B, 1, D)
         if not logits.isfinite().all():
             raise SystemExit("the logits are not finite: the weights are damaged, or the guidance "
                              "is extreme")
@@ -205,8 +213,8 @@ class AR(nn.Module):
 
     @torch.no_grad()
     def generate(self, labels, cfg_prologue=1.0, cfg_visual=1.0, cfg_schedule="cosine",
-                 cfg_power=1.0, temperature=1.0, temperature_prologue=None, top_k=0, top_p=1.0,
-                 prologue=None, visual=None, noise=None, generator=None):
+                 cfg_power=1.0, temperature=1.0, temperature_prologue=None, prologue=None,
+                 visual=None, noise=None, generator=None, **filters):
         """Samples codes (B, K+N) for labels (B,). The model must be in eval mode.
 
         cfg_prologue: scale of the classifier-free guidance (CFG) of all prologue tokens; 1 is off,
@@ -214,17 +222,16 @@ class AR(nn.Module):
         cfg_visual: that of the visual tokens, which is reached along cfg_schedule and cfg_power,
             see `guidance`.
         temperature: of the visual tokens, and of the prologue unless temperature_prologue is given.
-        top_k, top_p: see sample_codes.
         prologue: (B, K), codes to keep instead of drawing them.
         visual: (B, m) with m < N, visual codes that the image begins with; the rest is drawn.
         noise: (B, K+N) uniform in [0, 1), which decides every draw; else it comes from `generator`.
+        filters: top_k and top_p of sample_codes.
         """
-        k = self.cfg.num_prologue
-        n = self.cfg.num_visual
-        v = self.cfg.codebook_size
+        k = self.config.num_prologue
+        n = self.config.num_visual
+        v = self.config.codebook_size
         if temperature_prologue is None:
             temperature_prologue = temperature
-        sampling = dict(top_k=top_k, top_p=top_p)
         if noise is None:
             device = generator.device if generator else labels.device
             noise = torch.rand(len(labels), k + n, generator=generator, device=device)
@@ -234,7 +241,7 @@ class AR(nn.Module):
             if prologue is None:
                 prologue = self.draw_tokens(
                     labels, prefix, slice(v, self.eos), [cfg_prologue] * k, noise,
-                    temperature=temperature_prologue, **sampling)
+                    temperature=temperature_prologue, **filters)
             # EOS is never drawn: it goes in together with the prologue, all K+1 at once.
             eos = prologue.new_full((len(labels), 1), self.eos)
             prefix = torch.cat([prologue + v, eos], 1)  # (B, K+1)
@@ -246,12 +253,12 @@ class AR(nn.Module):
         progress = [(i + 1) / (n + 1) if k > 0 else i / n for i in range(kept, n)]
         scales = [guidance(cfg_visual, cfg_schedule, cfg_power, t) for t in progress]
         rest = self.draw_tokens(labels, prefix, slice(0, v), scales, noise[:, k + kept :],
-                                temperature=temperature, **sampling)
+                                temperature=temperature, **filters)
         codes = torch.cat([visual, rest], 1)  # (B, N)
         return torch.cat([prologue, codes], 1) if k > 0 else codes
 
     def save(self, path):
-        save_checkpoint(path, "ar", self.state_dict(), asdict(self.cfg))
+        save_checkpoint(path, "ar", self.state_dict(), asdict(self.config))
 
     @classmethod
     def load(cls, path):
@@ -323,7 +330,8 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
     By the inverse of the cumulative distribution: one number decides a token, so that, up to the
     rounding of the logits, a draw is the same on any device and in any batch. top_k keeps the k
-    likeliest codes (0 is off), top_p the likeliest that together have this probability (1 is off).
+    likeliest codes (0 is off), top_p the likeliest that together have this probability (1 is off);
+    the likeliest code always stays.
     """
     logits = logits.float() / max(temperature, 1e-6)  # 0 draws the likeliest code
     if top_k > 0:
@@ -333,7 +341,7 @@ def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     if top_p < 1:
         ordered, index = p.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered
-        ordered = ordered.masked_fill(before >= top_p, 0)  # the likeliest code always stays
+        ordered = ordered.masked_fill(before >= max(top_p, 1e-9), 0)
         p = torch.zeros_like(p).scatter(-1, index, ordered)
     cdf = p.cumsum(-1)
     # The factor keeps the threshold below the sum, where rounding (a GPU's cumsum need not be

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import sys
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from pretokenize import (BUNDLED, Images, center_crop, load_batches, psnr, to_float, to_uint8,
                          visited_images)
-from tokenizer import Tokenizer, read_safetensors, setup
+from tokenizer import Tokenizer, check_flags, read_safetensors, setup
 
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
@@ -38,7 +39,9 @@ def image_batches(path, batch_size, size=None, crop=False):
     """Images of an .npz, a folder or a zip -> (H, W), iterator of uint8 (B, H, W, 3). All have one
     size, `size` (H, W) where it is given; `crop` makes image files ADM's centre crops."""
 
-    def check(shape, name):
+    def check(shape, name, count=4):
+        if count < 4:  # precision and recall look at three neighbours
+            raise SystemExit(f"{path} holds {count} images, and a score needs thousands")
         if tuple(shape) != tuple(size or shape):
             raise SystemExit(f"{name} is {shape[1]} x {shape[0]} and not {size[1]} x {size[0]} as "
                              "others are; --crop brings a reference to the samples' size")
@@ -47,11 +50,12 @@ def image_batches(path, batch_size, size=None, crop=False):
         array = open_npz(path).get("arr_0")
         if array is None or array.dtype != np.uint8 or array.shape[3:] != (3,):
             raise SystemExit(f"{path}: arr_0 should be images as uint8 of shape (N, H, W, 3)")
-        check(array.shape[1:3], path)
+        check(array.shape[1:3], path, len(array))
         return array.shape[1:3], torch.from_numpy(array).split(batch_size)
 
     images = Images(path)
     size = size or images.open(0).size[::-1]
+    check(size, path, len(images))
 
     def load(index):
         image = images.open(index)
@@ -70,7 +74,10 @@ def open_npz(path):
         return {}
     if not Path(path).is_file():
         raise SystemExit(f"{path} does not exist; sample.py makes samples.npz")
-    return np.load(path)
+    try:
+        return np.load(path)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"{path} is not a whole .npz file: {error}") from None
 
 
 # Networks whose features are compared
@@ -83,6 +90,8 @@ class Inception(nn.Module):
     https://github.com/toshas/torch-fidelity and, for what is read from the network,
     https://github.com/openai/guided-diffusion/tree/main/evaluations
     """
+
+    widths = {"pool": 2048, "spatial": 2023}
 
     def __init__(self, weights=None):
         super().__init__()
@@ -156,9 +165,12 @@ def extract(network, batches, device):
     (N, d) float32.
     """
     outputs = defaultdict(list)
-    for images in tqdm(batches, unit="batch"):
+    bar = tqdm(unit=" images")
+    for images in batches:
         for name, rows in network(images.to(device)).items():
             outputs[name].append(rows.float().cpu())
+        bar.update(len(images))
+    bar.close()
     outputs = {name: torch.cat(rows) for name, rows in outputs.items()}
     result = {name: moments(outputs[name]) for name in ("pool", "spatial") if name in outputs}
     result["inception_score"] = inception_score(outputs["probabilities"])
@@ -247,6 +259,7 @@ def parse_args():
     flag("--out", default="out", help="folder where samples.npz is looked for")
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     args = parser.parse_args()
+    check_flags(parser, args, "batch_size")
     if args.tokenizer and args.reference:
         parser.error("--tokenizer compares with the originals: give one set of images")
     return args
@@ -261,7 +274,7 @@ def main():
     # Samples, or reconstructions, and the reference
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer).to(device)
-        size = (tokenizer.cfg.image_size, tokenizer.cfg.image_size)
+        size = (tokenizer.config.image_size, tokenizer.config.image_size)
         codes_path = Path(args.tokenizer).with_name("codes_val.safetensors")
         reference = args.samples or default_images(codes_path, size, "val")
         _, originals = image_batches(reference, args.batch_size, size, crop=True)
@@ -271,22 +284,35 @@ def main():
     else:
         path = args.samples or str(Path(args.out) / "samples.npz")
         size, batches = image_batches(path, args.batch_size)
+        labels = open_npz(path).get("arr_1", np.empty(0))
+        if len(labels) > 5000 and (np.diff(labels.astype(int)) >= 0).all() and np.ptp(labels) > 0:
+            print(f"note: {path} is sorted by class, so a split of the Inception Score holds few "
+                  "classes, which lowers it: shuffle the samples", file=sys.stderr)
         codes_path = Path(path).with_name("codes.safetensors")
         reference = args.reference or default_images(codes_path, size, "train")
         result = {"samples": path}
     name, network = feature_network(size, args.inception, device)
     result |= {"reference": reference, "features": name}
+    print(f"{result['samples']} against {reference}", file=sys.stderr)
 
-    # Features; the statistics that a reference stores count, and not those of its images
-    against = {}
+    # Statistics that the reference stores, which count before those of its images
     stored = open_npz(reference)
-    if "arr_0" in stored or not stored:
+    statistics = {}
+    for feature, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
+        if mu in stored:
+            statistics[feature] = (stored[mu], stored[sigma])
+            width = network.widths.get(feature)
+            if (stored[mu].shape, stored[sigma].shape) != ((width,), (width, width)):
+                raise SystemExit(f"{reference}: {mu} and {sigma} are not of the {width} features "
+                                 f"that the network {name} has")
+
+    # Features
+    against = {}
+    if not statistics or "arr_0" in stored:
         crop = args.tokenizer or args.crop or args.reference is None
         _, originals = image_batches(reference, args.batch_size, size, crop)
         against = extract(network, originals, device)
-    for feature, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):
-        if mu in stored:
-            against[feature] = (stored[mu], stored[sigma])
+    against |= statistics
     samples = extract(network, batches, device)
     count = result["count"] = len(samples["features"])
 

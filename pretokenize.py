@@ -5,12 +5,14 @@
     torchrun --nproc_per_node 8 pretokenize.py --crop ten \\
         --data imagenet.zip/ILSVRC/Data/CLS-LOC/train
 
-A run that was stopped goes on where it was. This file also holds what the other scripts need of
-images: reading them out of folders and zips, ADM's crops, and picture sheets.
+A run that was stopped goes on where it was. This file also holds what other scripts need of images:
+ADM's crops, the order of training images, picture sheets, and at its end, to be skipped at first,
+how images are read out of folders and zips.
 """
 
 import argparse
 import collections
+import contextlib
 import functools
 import hashlib
 import io
@@ -31,13 +33,21 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, PngImagePlugin
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from tokenizer import Tokenizer, finish, read_safetensors, save_checkpoint, setup, writing
+from tokenizer import (Tokenizer, TokenizerConfig, atomic_write, check_flags, finish, open_out,
+                       read_safetensors, save_checkpoint, setup)
+
+with contextlib.suppress(ImportError):  # pip install pillow-heif: the photos of most phones
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
 
 BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+KNOWN = Image.registered_extensions()  # {extension: format} of what Pillow reads or writes here
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".avif",
+              ".heic", ".heif"} & KNOWN.keys()
+FORMATS = ["GIF", *{KNOWN[extension] for extension in EXTENSIONS}]  # GIFs often have wrong names
 PART_SIZE = 500  # images in a part of the tokens
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # intact files have been seen with 2 MB of text
 
@@ -62,168 +72,10 @@ def psnr(a, b):
     return 10 * (255**2 / mse.clamp_min(1e-10)).log10()
 
 
-# Images in folders and zips
-
-
-def open_image(file, archive=None):
-    """A PIL image in RGB of a file, or of an entry of the zip `archive`, whatever its mode and
-    extension: upright, transparency on white, 16 bits scaled to 8."""
-    place = f"{file} in {archive}" if archive else file
-    if not archive and not os.path.isfile(file):  # to read from a pipe would wait for ever
-        raise SystemExit(f"{place} is no regular file")
-    try:
-        source = io.BytesIO(open_zip(archive).read(file)) if archive else file
-        with Image.open(source) as image:
-            if image.mode in ("F", "I"):
-                raise SystemExit(f"{place} holds floats or 32-bit integers, whose range is unknown:"
-                                 " save it with 8 or 16 bits")
-            if image.mode.startswith("I;16"):  # PIL would clip, not scale
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.exif_transpose(image)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
-        raise SystemExit(f"{place} cannot be read as an image: {error}") from None
-
-
-def split_zip(path):
-    """Splits a/b.zip/c/d into a/b.zip and "c/d/"; gives None and "" where there is no zip."""
-    path = Path(path)
-    for parent in (path, *path.parents):
-        if parent.suffix.lower() == ".zip" and parent.is_file():
-            inside = path.relative_to(parent).as_posix()
-            return parent, "" if inside == "." else f"{inside}/"
-    return None, ""
-
-
-@functools.cache
-def open_zip(archive):
-    """One handle for all, threads included: to list Kaggle's two million entries takes 15 s."""
-    try:
-        return zipfile.ZipFile(archive)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise SystemExit(f"{archive} is not a whole zip file: {error}") from None
-
-
-def list_folder(folder):
-    """Paths of all files below a folder; a linked folder is followed, once."""
-    paths = []
-    seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()  # a loop
-        else:
-            paths += [os.path.join(parent, file) for file in files]
-        seen.add(real)
-    return paths
-
-
-class Images:
-    """The images under a folder, or under a path into a zip file that is read as it is.
-
-    names: sorted paths below it. classes: sorted names of the first folders on these paths.
-    labels: (len(images),) int64, the class of each image. A flat folder has a single class, unless
-    Kaggle's LOC_val_solution.csv stands in a folder above it (ImageNet's validation set).
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        self.archive, inside = split_zip(path)
-        if self.archive:
-            found = [(posixpath.normpath(name.replace("\\", "/")).lstrip("/"), name)
-                     for name in open_zip(self.archive).namelist()]
-            found = {name[len(inside) :]: place for name, place in found if name.startswith(inside)}
-            if "dataset.json" in found:
-                raise SystemExit(f"{path} is a dataset of StyleGAN, whose classes are in its "
-                                 "dataset.json: sort its images into a folder for each class")
-        elif self.path.is_dir():
-            root = os.path.join(path, "")
-            found = {place.removeprefix(root).replace(os.sep, "/"): place
-                     for place in list_folder(path)}
-        else:
-            raise SystemExit(f"{path} is no folder, no zip file and no path into a zip file")
-        self.names = sorted(name for name in found if is_image(name))
-        self.places = [found[name] for name in self.names]
-        if not self.names:
-            raise SystemExit(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})")
-        folders = [posixpath.dirname(name).split("/")[0] for name in self.names]
-        tops = set(folders)
-        # A zip of a folder has that folder alone at its top
-        lone = len(tops) == 1 and all(name.count("/") > 1 for name in self.names)
-        if lone or {"train", "val"} <= tops:
-            raise SystemExit(f"{path} holds the folders {sorted(tops)} and not classes: add one of "
-                             "them to the path")
-        if "" in tops and len(tops) > 1:
-            alone = self.names[folders.index("")]
-            raise SystemExit(f"{path} holds the image {alone} beside folders: a folder for each "
-                             "class, or all images side by side, is needed")
-        if folders[0] == "":
-            folders = self.classes_of_kaggle() or folders
-        folders = [unicodedata.normalize("NFC", folder) for folder in folders]
-        classes, labels = np.unique(folders, return_inverse=True)  # sorted
-        self.classes = classes.tolist()
-        self.labels = torch.from_numpy(labels)
-
-    def classes_of_kaggle(self):
-        """The class of each image by LOC_val_solution.csv, or None if no table is about them."""
-        for folder in (self.path, *self.path.parents):
-            file = folder / "LOC_val_solution.csv"
-            archive, inside = split_zip(file)
-            try:
-                data = open_zip(archive).read(inside[:-1]) if archive else file.read_bytes()
-            except (KeyError, OSError):
-                continue
-            table = dict(re.findall(r"^(\S+?),(\S+)", data.decode(), re.M))  # name,class ...
-            classes = [table.get(Path(name).stem) for name in self.names]
-            if all(classes):  # else it is about other images
-                return classes
-        return None
-
-    def __len__(self):
-        return len(self.names)
-
-    def __str__(self):
-        return f"{self.path}: {len(self)} images of {len(self.classes)} classes"
-
-    def open(self, index):
-        return open_image(self.places[index], self.archive)
-
-    def digest(self):
-        """A short hash of the names and of what changes when an image is replaced under its name:
-        checksums in a zip, sizes and times in a folder."""
-        sha = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
-        for place in self.places:
-            if self.archive:
-                sha.update(b"%d " % open_zip(self.archive).getinfo(place).CRC)
-            else:
-                stat = os.stat(place)
-                sha.update(b"%d %d " % (stat.st_size, stat.st_mtime_ns))
-        return sha.hexdigest()[:16]
-
-
-def is_image(name):
-    """By its extension; hidden files and what macOS adds to zips do not count."""
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-    return posixpath.splitext(name)[1].lower() in EXTENSIONS and not hidden
-
-
-def default_val(data):
-    """The path `val` beside training images at a path `train`, or None if nothing is there."""
-    val = Path(data).parent / "val"
-    archive, inside = split_zip(val)
-    there = val.is_dir()
-    if archive:
-        there = any(name.startswith(inside) for name in open_zip(archive).namelist())
-    return str(val) if there and Path(data).name == "train" else None
-
-
 # Crops, as in ADM (guided-diffusion), whose statistics are the reference of every ImageNet gFID
 
 
-def shrink(image, shorter):
+def resize_shorter_side(image, shorter):
     """Shorter side to `shorter`: halved by a box filter while it is at least twice that, then
     bicubic."""
     side = 16 * min(image.size)  # of a longer strip the middle: whole it would take gigabytes
@@ -235,31 +87,122 @@ def shrink(image, shorter):
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def cut(image, size, top, left):
+def crop_at(image, size, top, left):
     return np.asarray(image)[top : top + size, left : left + size]
 
 
 def center_crop(image, size):
     """PIL image -> uint8 (size, size, 3): shorter side to `size`, then the middle square."""
-    image = shrink(image, size)
-    return cut(image, size, top=(image.height - size) // 2, left=(image.width - size) // 2)
+    image = resize_shorter_side(image, size)
+    return crop_at(image, size, top=(image.height - size) // 2, left=(image.width - size) // 2)
 
 
 def random_crop(image, size, rng):
     """Shorter side to a random length from size to size / 0.8, then a random square."""
-    image = shrink(image, rng.randint(size, math.ceil(size / 0.8)))
+    image = resize_shorter_side(image, rng.randint(size, math.ceil(size / 0.8)))
     top = rng.randint(0, image.height - size)
     left = rng.randint(0, image.width - size)
-    return cut(image, size, top, left)
+    return crop_at(image, size, top, left)
 
 
-def five_crops(image, size):
-    """The corners and the middle of the centre crop of side 1.1 * size (281 for 256): the corners
-    of the whole picture would be of another distribution than the reference's centre crops."""
-    square = center_crop(image, int(1.1 * size))
-    end = len(square) - size
-    places = [(0, 0), (0, end), (end, 0), (end, end), (round(end / 2), round(end / 2))]
-    return [cut(square, size, top, left) for top, left in places]
+def image_crops(images, index, size, crop, flip):
+    """All crops of one image that are tokenized: uint8 (crops, size, size, 3), mirrored ones last.
+
+    ten: the corners and the middle of the centre crop of side 1.1 * size (281 for 256), and of its
+    mirror image. The corners of the whole picture would be of another distribution than the
+    reference's centre crops.
+    """
+    square = center_crop(images.open(index), int(1.1 * size) if crop == "ten" else size)
+    end = len(square) - size  # 0 unless ten
+    middle = round(end / 2)
+    places = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)]
+    if crop == "center":
+        places = [(0, 0)]
+    sides = [square, square[:, ::-1]][: 1 + flip]
+    return np.stack([crop_at(side, size, *place) for side in sides for place in places])
+
+
+# Tokens
+
+
+class Tokens:
+    """A token file, mapped from disk: ranks and processes share its memory.
+
+    codes: (images, crops, K+N) uint16. labels: (images,) int64. classes: their names. config: of
+    the tokenizer that made the codes. digest: of everything that they depend on. partner: for
+    held-out tokens the digest of the training tokens that were made with them.
+    """
+
+    def __init__(self, path):
+        tensors, about = read_safetensors(path, "codes")
+        self.codes = tensors["codes"].numpy()
+        self.labels = tensors["labels"]
+        self.classes = about["classes"]
+        self.config = TokenizerConfig(**about["tokenizer"])
+        self.digest = about["digest"]
+        self.partner = about.get("partner")
+        sizes = [self.config.prologue_codebook_size] * self.config.num_prologue
+        sizes += [self.config.codebook_size] * self.config.num_visual
+        if (self.codes.max((0, 1)) >= sizes).any() or self.labels.max() >= len(self.classes):
+            raise SystemExit(f"{path} holds codes beyond their codebook, or labels beyond the "
+                             "classes: run pretokenize.py again")
+
+    def batch(self, images, crops=0):
+        """Codes (B, K+N) and labels (B,), int64, of image numbers (B,) and crop numbers (B,)."""
+        return torch.from_numpy(self.codes[images, crops].astype(np.int64)), self.labels[images]
+
+
+def about_tokens(tokenizer, images, crop, flip, partner):
+    """What stands in a token file beside the tokens, and decides whether it is up to date."""
+    about = dict(tokenizer=asdict(tokenizer.config), classes=images.classes,
+                 images=images.digest(), crop=crop, flip=flip, partner=partner)
+    about["digest"] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    about["data"] = os.path.abspath(images.path)
+    of_all = [about]
+    if dist.is_initialized():
+        dist.broadcast_object_list(of_all)  # one for all ranks: paths may differ from node to node
+    return of_all[0]
+
+
+@torch.no_grad()
+def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
+    """Writes codes (images, crops, K+N) uint16 and labels (images,) to the file `target`."""
+    made = read_safetensors(target, "codes")[1] if target.exists() else {}
+    if made.get("digest") == about["digest"]:
+        if rank == 0:
+            print(f"{target} is up to date", flush=True)
+        return
+
+    # In numbered parts, every rank its own; those of an earlier run with the same settings stay
+    folder = Path(f"{target}.{about['digest']}.parts")
+    parts = torch.arange(len(images)).split(PART_SIZE)
+    files = [folder / f"{i}.pt" for i in range(len(parts))]
+    missing = [i for i in range(rank, len(parts), world_size) if not files[i].exists()]
+    num_crops = (1 + about["flip"]) * (5 if about["crop"] == "ten" else 1)
+    per_batch = max(1, args.batch_size // world_size // num_crops)
+    load = functools.partial(image_crops, images, size=tokenizer.config.image_size,
+                             crop=about["crop"], flip=about["flip"])
+    batches = [batch for i in missing for batch in parts[i].split(per_batch)]
+    loader = load_batches(load, batches, args.num_workers)
+    bar = tqdm(total=sum(map(len, batches)), desc=str(target), unit=" images", disable=rank > 0)
+    for i in missing:
+        codes = []
+        for batch in parts[i].split(per_batch):
+            x = next(loader).to(device)  # (B, crops, H, W, 3)
+            batch_codes = tokenizer.encode(to_float(x.flatten(0, 1)))  # (B*crops, K+N)
+            codes.append(batch_codes.unflatten(0, (-1, num_crops)).cpu())  # (B, crops, K+N)
+            bar.update(len(batch))
+        with atomic_write(files[i]) as temporary:
+            torch.save(torch.cat(codes).to(torch.uint16), temporary)
+    bar.close()
+    if world_size > 1:
+        dist.barrier()
+
+    # One file of all parts
+    if rank == 0:
+        codes = torch.cat([torch.load(file, weights_only=True) for file in files])
+        save_checkpoint(target, "codes", {"codes": codes, "labels": images.labels}, about)
+        print(f"{target}: images x crops x codes {tuple(codes.shape)}", flush=True)
 
 
 # Batches and picture sheets
@@ -291,72 +234,228 @@ def load_batches(load, batches, num_workers):
 
 
 def save_grid(path, rows):
-    """Rows of uint8 images (n, H, W, 3), all of one length, as one PNG, two white pixels between
-    neighbours; images under 56 pixels are enlarged."""
-    images = torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)  # (n, 3, H, W)
+    """Rows of uint8 images (n, H, W, 3), all of one length, as one PNG, two white pixels around
+    each; images under 56 pixels are enlarged."""
+    images = np.stack([np.asarray(row) for row in rows])  # (rows, n, H, W, 3)
     scale = max(1, 56 // images.shape[2])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    sheet = make_grid(images, nrow=len(rows[0]), padding=2, pad_value=255)  # (3, height, width)
-    with writing(path) as temporary:
-        Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(temporary, "png")
+    images = images.repeat(scale, 2).repeat(scale, 3)
+    images = np.pad(images, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    rows, n, height, width, _ = images.shape
+    sheet = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, n * width, 3)
+    sheet = np.pad(sheet, ((2, 0), (2, 0), (0, 0)), constant_values=255)
+    with atomic_write(path) as temporary:
+        Image.fromarray(sheet).save(temporary, "png")
+
+
+# Images in folders and zips: what real files are like. To be skipped at first.
+
+
+def open_image(file, archive=None):
+    """A PIL image in RGB of a file, or of an entry of the zip `archive`, whatever its mode and
+    extension: upright, transparency on white, 16 bits scaled to 8."""
+    place = f"{file} in {archive}" if archive else file
+    if not archive and not os.path.isfile(file):  # to read from a pipe would wait for ever
+        raise SystemExit(f"{place} is no regular file")
+    try:
+        source = io.BytesIO(open_zip(archive).read(file)) if archive else file
+        with Image.open(source, formats=FORMATS) as image:
+            if image.mode in ("F", "I"):
+                raise SystemExit(f"{place} holds floats or 32-bit integers, whose range is unknown:"
+                                 " save it with 8 or 16 bits")
+            if image.mode.startswith("I;16"):  # PIL would clip, not scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = upright(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
+        raise SystemExit(f"{place} cannot be read as an image: {error}") from None
+
+
+def upright(image):
+    """A PIL image as its EXIF orientation says; as it is where that is missing or illegible."""
+    turn = Image.Transpose
+    turns = [turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE,
+             turn.ROTATE_270, turn.TRANSVERSE, turn.ROTATE_90]  # of the orientations 2 to 8
+    try:
+        orientation = int(image.getexif().get(0x0112, 1))
+    except Exception:  # cameras and programs write a dozen kinds of broken EXIF
+        return image
+    return image.transpose(turns[orientation - 2]) if 2 <= orientation <= 8 else image
+
+
+def split_zip(path):
+    """Splits a/b.zip/c/d into a/b.zip and "c/d/"; gives None and "" where there is no zip."""
+    path = Path(path)
+    for parent in (path, *path.parents):
+        if parent.suffix.lower() == ".zip" and parent.is_file():
+            inside = path.relative_to(parent).as_posix()
+            return parent, "" if inside == "." else f"{inside}/"
+    return None, ""
+
+
+@functools.cache
+def open_zip(archive):
+    """One handle for all, threads included: to list Kaggle's two million entries takes 15 s."""
+    try:
+        return zipfile.ZipFile(archive)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise SystemExit(f"{archive} is not a whole zip file: {error}") from None
+
+
+def list_folder(folder, above=()):
+    """Paths of all files below a folder. Links are followed, but for one to a folder `above` it."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return []
+    paths = []
+    try:
+        for entry in os.scandir(folder):
+            if entry.is_dir():
+                paths += list_folder(entry.path, (*above, real))
+            else:
+                paths.append(entry.path)
+    except OSError as error:
+        raise SystemExit(f"the folder {folder} cannot be read: {error}") from None
+    return paths
+
+
+class Images:
+    """The images under a folder, or under a path into a zip file that is read as it is.
+
+    names: sorted paths below it. classes: sorted names of the first folders on these paths.
+    labels: (len(images),) int64, the class of each image. A flat folder has a single class, unless
+    Kaggle's LOC_val_solution.csv stands in a folder above it (ImageNet's validation set).
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.archive, inside = split_zip(path)
+        if self.archive:
+            found = [(posixpath.normpath(name.replace("\\", "/")).lstrip("/"), name)
+                     for name in open_zip(self.archive).namelist()
+                     if not name.endswith(("/", "\\"))]
+            found = {name[len(inside) :]: place for name, place in found if name.startswith(inside)}
+            if "dataset.json" in found:
+                raise SystemExit(f"{path} is a dataset of StyleGAN, whose classes are in its "
+                                 "dataset.json: sort its images into a folder for each class")
+        elif self.path.is_dir():
+            root = os.path.join(path, "")
+            found = {place.removeprefix(root).replace(os.sep, "/"): place
+                     for place in list_folder(root)}
+        else:
+            raise SystemExit(f"{path} is no folder, no zip file and no path into a zip file")
+        visible = sorted(name for name in found if not is_hidden(name))
+        self.names = [name for name in visible if extension(name) in EXTENSIONS]
+        self.places = [found[name] for name in self.names]
+        others = [name for name in visible if extension(name) not in EXTENSIONS]
+        counts = collections.Counter(map(extension, others)).most_common(5)
+        self.left_out = "".join(f", left out: {count} {end or 'others'}" for end, count in counts)
+        if not self.names:
+            raise SystemExit(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})"
+                             f"{self.left_out}")
+        folders = [top_folder(name) for name in self.names]
+        tops = set(folders)
+        without = {top_folder(name) for name in others} - tops - {""}
+        if without and "" not in tops:
+            self.left_out += f", and so all of {', '.join(sorted(without))}"
+        if ".heic" in self.left_out:
+            self.left_out += " (for .heic: pip install pillow-heif)"
+        if is_of_splits(self.names):
+            raise SystemExit(f"{path} holds the folders {sorted(tops)} and not classes: add one of "
+                             "them to the path")
+        if "" in tops and len(tops) > 1:
+            alone = self.names[folders.index("")]
+            raise SystemExit(f"{path} holds the image {alone} beside folders: a folder for each "
+                             "class, or all images side by side, is needed")
+        if folders[0] == "":
+            folders = self.classes_of_kaggle() or folders
+        folders = [unicodedata.normalize("NFC", folder) for folder in folders]
+        classes, labels = np.unique(folders, return_inverse=True)  # sorted
+        self.classes = classes.tolist()
+        self.labels = torch.from_numpy(labels)
+
+    def classes_of_kaggle(self):
+        """The class of each image by LOC_val_solution.csv, or None if no table is about them."""
+        path = self.path.absolute()
+        for folder in (path, *path.parents):
+            file = folder / "LOC_val_solution.csv"
+            archive, inside = split_zip(file)
+            try:
+                data = open_zip(archive).read(inside[:-1]) if archive else file.read_bytes()
+            except (KeyError, OSError):
+                continue
+            table = dict(re.findall(r"^(\S+?),(\S+)", data.decode(), re.M))  # name,class ...
+            classes = [table.get(Path(name).stem) for name in self.names]
+            if all(classes):  # else it is about other images
+                return classes
+        return None
+
+    def __len__(self):
+        return len(self.names)
+
+    def __str__(self):
+        return f"{self.path}: {len(self)} images of {len(self.classes)} classes{self.left_out}"
+
+    def open(self, index):
+        return open_image(self.places[index], self.archive)
+
+    def digest(self):
+        """A short hash of names, labels and the images' checksums in a zip or sizes in a folder."""
+        sha = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
+        sha.update(self.labels.numpy().tobytes())
+        for place in self.places:
+            if self.archive:
+                sha.update(b"%d " % open_zip(self.archive).getinfo(place).CRC)
+                continue
+            try:
+                sha.update(b"%d " % os.stat(place).st_size)
+            except OSError as error:  # a link to nothing
+                raise SystemExit(f"{place} cannot be read: {error}") from None
+        return sha.hexdigest()[:16]
+
+
+def is_hidden(name):
+    """Hidden files, and what macOS adds to zips, do not count."""
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def extension(name):
+    return posixpath.splitext(name)[1].lower()
+
+
+def top_folder(name):
+    return posixpath.dirname(name).split("/")[0]
+
+
+def is_of_splits(names):
+    """Whether the top folders are no classes: by their names, or where each holds the same folders,
+    which are the classes; but each of many classes may hold a folder `images`."""
+    below = collections.defaultdict(set)  # top folder: folders in it
+    for name in names:
+        top, *rest = name.split("/")
+        below[top].add(rest[0] if len(rest) > 1 else "")
+    first, *others = below.values()
+    same = "" not in first and all(folders == first for folders in others)
+    return {"train", "val"} <= below.keys() or same and (len(below) < 3 or len(first) > 1)
+
+
+def default_val(data):
+    """The path val, valid or validation beside training images at a path `train`, the first that is
+    there, or None."""
+    for name in ("val", "valid", "validation"):
+        path = Path(data).with_name(name)
+        archive, inside = split_zip(path)
+        there = path.is_dir()
+        if archive:
+            there = any(entry.startswith(inside) for entry in open_zip(archive).namelist())
+        if there and Path(data).name.casefold() == "train":
+            return str(path)
+    return None
 
 
 # The script
-
-
-def views(images, index, size, crop, flip):
-    """All views of one image that are tokenized: uint8 (views, size, size, 3), mirrored ones last.
-    The picture is mirrored before it is cut."""
-    image = images.open(index)
-    result = []
-    for picture in (image, ImageOps.mirror(image))[: 1 + flip]:
-        result += five_crops(picture, size) if crop == "ten" else [center_crop(picture, size)]
-    return np.stack(result)
-
-
-@torch.no_grad()
-def tokenize(tokenizer, images, target, args, crop, flip, device, rank, world_size):
-    """Writes codes (images, views, K+N) uint16 and labels (images,) to the file `target`."""
-    cfg = dict(tokenizer=asdict(tokenizer.cfg), classes=images.classes, images=images.digest(),
-               crop=crop, flip=flip)
-    cfg["digest"] = hashlib.sha256(json.dumps(cfg).encode()).hexdigest()[:16]
-    cfg["data"] = os.path.abspath(images.path)
-    of_all = [cfg]
-    if world_size > 1:
-        dist.broadcast_object_list(of_all)  # nodes may have copies with other dates
-    cfg = of_all[0]
-
-    made = read_safetensors(target, "codes")[1] if target.exists() else {}
-    if made.get("digest") == cfg["digest"]:
-        return
-
-    # In numbered parts, every rank its own; those of an earlier run with the same settings stay
-    folder = Path(f"{target}.{cfg['digest']}.parts")
-    parts = torch.arange(len(images)).split(PART_SIZE)
-    files = [folder / f"{i}.pt" for i in range(len(parts))]
-    missing = [i for i in range(rank, len(parts), world_size) if not files[i].exists()]
-    num_views = (1 + flip) * (5 if crop == "ten" else 1)
-    per_batch = max(1, args.batch_size // world_size // num_views)
-    load = functools.partial(views, images, size=tokenizer.cfg.image_size, crop=crop, flip=flip)
-    batches = [batch for i in missing for batch in parts[i].split(per_batch)]
-    loader = load_batches(load, batches, args.num_workers)
-    for i in tqdm(missing, desc=str(target), unit=f"{PART_SIZE} images", disable=rank > 0):
-        codes = []
-        for _ in parts[i].split(per_batch):
-            x = next(loader).to(device)  # (B, views, H, W, 3)
-            batch_codes = tokenizer.encode(to_float(x.flatten(0, 1)))  # (B*views, K+N)
-            codes.append(batch_codes.unflatten(0, (-1, num_views)).cpu())  # (B, views, K+N)
-        with writing(files[i]) as temporary:
-            torch.save(torch.cat(codes).to(torch.uint16), temporary)
-    if world_size > 1:
-        dist.barrier()
-
-    # One file of all parts
-    if rank == 0:
-        codes = torch.cat([torch.load(file, weights_only=True) for file in files])
-        save_checkpoint(target, "codes", {"codes": codes, "labels": images.labels}, cfg)
-        shutil.rmtree(folder)
-        print(f"{target}: images x crops x codes {tuple(codes.shape)}", flush=True)
 
 
 def parse_args():
@@ -365,7 +464,8 @@ def parse_args():
     flag = parser.add_argument
     flag("--data", default=str(BUNDLED / "train"),
          help="training images: a folder, zip, or path into a zip, with a folder for each class")
-    flag("--val_data", help="held-out images; else the folder val beside a --data named train")
+    flag("--val_data", help="held-out images; else the folder val, valid or validation beside a "
+         "--data named train")
     flag("--tokenizer", help="tokenizer file; else tokenizer.safetensors in --out")
     flag("--crop", default="center", choices=["center", "ten"], help="ten: corners and middle of a "
          "1.1 times larger square, each also mirrored")
@@ -375,18 +475,21 @@ def parse_args():
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     flag("--num_workers", type=int, default=min(8, os.cpu_count()),
          help="threads that decode images, per rank")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_flags(parser, args, "batch_size")
+    return args
 
 
 def main():
     args = parse_args()
-    out = Path(args.out)
-    # All in true fp32: in TF32 one code in 2,000 would be another. Ranks may wait for hours for
-    # the one with the most parts left.
+    # All in true fp32, as TF32 would change some of the codes. Ranks may wait for hours for the one
+    # with the most parts left.
     rank, world_size, device, _ = setup(args.device, timeout_hours=12)
+    out = Path(args.out)
     tokenizer = Tokenizer.load(args.tokenizer or out / "tokenizer.safetensors").to(device)
-    if tokenizer.cfg.codebook_size > 2**16:
-        raise SystemExit("a token file holds codes below 65,536: the visual codebook is larger")
+    if max(tokenizer.config.codebook_size, tokenizer.config.prologue_codebook_size) > 2**16:
+        raise SystemExit("a token file holds codes below 65,536: a codebook of the tokenizer is "
+                         "larger")
 
     # Images
     images = Images(args.data)
@@ -394,22 +497,29 @@ def main():
     val_images = Images(val_data) if val_data else None
     if rank == 0:
         print(images)
-        print(val_images or "no held-out images")
+        print(f"held out: {val_images}" if val_data else "no held-out images")
     if val_images and val_images.classes != images.classes:
         other = sorted(set(images.classes) ^ set(val_images.classes))
         raise SystemExit(f"{val_data} and {args.data}: the class {other[0]} is in one of them only")
 
     # Tokens: held-out images first, with one crop each, because they are few
-    target = out / "codes_val.safetensors"
-    where = dict(device=device, rank=rank, world_size=world_size)
+    if rank == 0:
+        open_out(out, "codes*")
+    where = dict(args=args, device=device, rank=rank, world_size=world_size)
+    val_target = out / "codes_val.safetensors"
+    about = about_tokens(tokenizer, images, args.crop, args.flip or args.crop == "ten", partner="")
     if val_images:
-        tokenize(tokenizer, val_images, target, args, crop="center", flip=False, **where)
+        val_about = about_tokens(tokenizer, val_images, "center", False, partner=about["digest"])
+        tokenize(tokenizer, val_images, val_about, val_target, **where)
     elif rank == 0:
-        target.unlink(missing_ok=True)  # those of an earlier run would not belong to these
-    tokenize(tokenizer, images, out / "codes.safetensors", args, crop=args.crop,
-             flip=args.flip or args.crop == "ten", **where)
+        val_target.unlink(missing_ok=True)  # those of an earlier run would not belong to these
+    tokenize(tokenizer, images, about, out / "codes.safetensors", **where)
 
+    # Parts are needed no more, not even those of runs with other settings
     finish()
+    if rank == 0:
+        for folder in out.glob("codes*.parts"):
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

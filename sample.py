@@ -2,7 +2,6 @@
 
     python sample.py                                        # the pair in out/, else the shipped one
     python sample.py --classes bag sneaker --cfg_visual 3    # chosen classes, by name or number
-    python sample.py --image shoe.png --classes sneaker      # variations of a picture of one's own
     python sample.py --pair checkpoints/fashion_mnist        # a pair in another folder than --out
     python tools/released.py prologue-l-xl --out l_xl && python sample.py --out l_xl
     torchrun --nproc_per_node 8 sample.py --num_samples 50000 --batch_size 1024 --out l_xl
@@ -14,11 +13,10 @@ nothing but the rounding. In --out it leaves
     fixed_prologue.png     each row one prologue, its visual tokens drawn anew (for models with a
                            prologue)
     samples.npz            arr_0 uint8 (N, H, W, 3), arr_1 labels, `how` they were drawn as JSON
-
-and with --image variations.png alone, which shows reconstructions, too.
 """
 
 import argparse
+import difflib
 import functools
 import json
 import platform
@@ -31,13 +29,16 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ar import AR, SCHEDULES
-from pretokenize import center_crop, open_image, save_grid, to_float, to_uint8
-from tokenizer import Tokenizer, compile_blocks, finish, setup, writing
+from pretokenize import save_grid, to_uint8
+from tokenizer import Tokenizer, atomic_write, check_flags, compile_blocks, finish, open_out, setup
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "fashion_mnist"
 
-# Paper table A5: with guidance cfg_prologue, cfg_visual and cfg_power, at temperature 1; without it
-# the temperatures of prologue and visual tokens. The first two rows are ours.
+FILTERS = ("top_k", "top_p")  # flags that go to ar.sample_codes as they are
+
+# Paper table A5. The columns are cfg_prologue, cfg_visual and cfg_power, used with guidance and
+# then at temperature 1; and temperature_prologue and temperature, used without guidance. The first
+# two rows are ours.
 PRESETS = {
     "tiny": (1.0, 2.0, 0.25, 1.0, 1.0),
     "unguided": (1.0, 1.0, 1.0, 1.0, 1.0),
@@ -69,9 +70,9 @@ PRESETS = {
 
 def default_preset(ar):
     """The row of PRESETS that a model is drawn with where no flag names one."""
-    if ar.cfg.num_classes == 1:  # images of the one class are all images: nothing to guide towards
+    if ar.config.num_classes == 1:  # the images of a single class: nothing to guide towards
         return "unguided"
-    return ar.cfg.preset or "tiny"
+    return ar.config.preset or "tiny"
 
 
 def preset_settings(name, no_cfg=False):
@@ -86,18 +87,17 @@ def preset_settings(name, no_cfg=False):
 
 
 def pair_folder(pair, out=None):
-    """The folder of a pair: --pair, else --out, else out; the shipped one if nothing is named and
-    nothing is in out."""
-    if pair or out or Path("out/ar.safetensors").exists():
-        return Path(pair or out or "out")
-    return SHIPPED
+    """The folder of the pair to draw from, the first of these that is given: --pair, --out, the
+    folder out if a pair was trained there, the pair that comes with the code."""
+    trained = "out" if Path("out/ar.safetensors").exists() else SHIPPED
+    return Path(pair or out or trained)
 
 
 def load_pair(folder, device):
     """Tokenizer and AR model in a folder, which must belong together."""
     tokenizer = Tokenizer.load(folder / "tokenizer.safetensors").to(device)
     ar = AR.load(folder / "ar.safetensors").to(device)
-    if ar.cfg.tokenizer != tokenizer.cfg.fingerprint:  # a joint AR model's is ""
+    if ar.config.tokenizer != tokenizer.config.fingerprint:  # a joint AR model's is ""
         raise SystemExit(f"the AR model in {folder} was trained on codes of another tokenizer, or "
                          "is stage 1's joint one: run pretokenize.py and train_ar.py")
     return tokenizer, ar
@@ -113,7 +113,7 @@ def draw(ar, labels, numbers, seed, batch_size, settings, **kept):
     """Codes (n, K+N) of images with labels (n,) and numbers (n,), `batch_size` at a time. The
     settings go to AR.generate, and so do codes to keep: prologue (n, K), visual (n, m)."""
     device = ar.head.weight.device
-    length = ar.cfg.num_prologue + ar.cfg.num_visual
+    length = ar.config.num_prologue + ar.config.num_visual
     numbers = torch.as_tensor(numbers)
     codes = []
     for batch in torch.arange(len(labels)).split(batch_size):
@@ -146,21 +146,23 @@ def pack_for_cpu(ar):
 def class_numbers(chosen, ar):
     """Class names or numbers, as given on the command line, -> numbers; up to ten spread over all
     classes if none are given."""
-    count = ar.cfg.num_classes
+    count = ar.config.num_classes
     if not chosen:
         return sorted({i * count // 10 for i in range(10)})
-    known = {str(i): i for i in range(count)} | dict(zip(ar.cfg.classes, range(count)))
+    known = {str(i): i for i in range(count)} | dict(zip(ar.config.classes, range(count)))
     numbers = [known.get(unicodedata.normalize("NFC", text)) for text in chosen]
     if None in numbers:
-        raise SystemExit(f"--classes {chosen[numbers.index(None)]}: a number from 0 to {count - 1} "
-                         f"is needed, or a name: {', '.join(ar.cfg.classes[:20]) or 'none known'}")
+        text = chosen[numbers.index(None)]
+        names = difflib.get_close_matches(text, ar.config.classes) or ar.config.classes[:20]
+        raise SystemExit(f"--classes {text}: a number from 0 to {count - 1} is needed, or a name, "
+                         f"such as {', '.join(names) or '(none is known)'}")
     return numbers
 
 
 def save_grids(tokenizer, ar, args, settings, batch_size):
     """samples.png, and with a prologue fixed_prologue.png."""
     out = Path(args.out)
-    k = ar.cfg.num_prologue
+    k = ar.config.num_prologue
     columns = args.columns
     classes = class_numbers(args.classes, ar)
     labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
@@ -169,7 +171,7 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
     # A row for each class
     codes = draw(ar, labels, range(len(labels)), **drawing)
     save_grid(out / "samples.png", decode(tokenizer, codes, batch_size).split(columns))
-    names = [f"{i} {ar.cfg.classes[i]}" if ar.cfg.classes else str(i) for i in classes]
+    names = [" ".join([str(i), *ar.config.classes[i : i + 1]]) for i in classes]
     print(f"{out / 'samples.png'}: a row each of {', '.join(names)}")
 
     # The first prologue of each class kept through a row, other noise after it
@@ -179,34 +181,6 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
         codes = draw(ar, labels, numbers, prologue=prologues, **drawing)
         save_grid(out / "fixed_prologue.png", decode(tokenizer, codes, batch_size).split(columns))
         print(f"{out / 'fixed_prologue.png'}: each row one prologue")
-
-
-def save_variations(tokenizer, ar, args, settings, batch_size):
-    """variations.png: a row for each picture of --image, with itself, its reconstruction and images
-    drawn under its prologue and after the upper part of it that --keep says."""
-    k = ar.cfg.num_prologue
-    grid = tokenizer.cfg.grid
-    columns = args.columns
-    kept = min(round(args.keep * grid), grid - 1) * grid  # visual codes, those of whole rows
-    if kept > 0 and tokenizer.cfg.layout == "1d" or k + kept == 0:
-        raise SystemExit("--image needs a model with a prologue, or --keep at least a row of "
-                         "visual tokens that are patches (not 1d)")
-    label = 0 if ar.cfg.num_classes == 1 else ar.cfg.num_classes  # of all images: unconditional
-    if args.classes:
-        label = class_numbers(args.classes, ar)[0]
-    labels = torch.full((columns,), label)
-    rows = []
-    for i, file in enumerate(args.image):
-        picture = torch.tensor(center_crop(open_image(file), tokenizer.cfg.image_size))[None]
-        codes = tokenizer.encode(to_float(picture).to(ar.head.weight.device))
-        codes = codes.expand(columns, -1)  # (columns, K+N)
-        varied = draw(ar, labels, range(i * columns, (i + 1) * columns), args.seed, batch_size,
-                      settings, prologue=codes[:, :k], visual=codes[:, k : k + kept])
-        images = decode(tokenizer, torch.cat([codes[:1], varied]), batch_size)
-        rows.append(torch.cat([picture, images]))
-    path = Path(args.out) / "variations.png"
-    save_grid(path, rows)
-    print(f"{path}: in each row a picture, its reconstruction and {columns} variations")
 
 
 def parse_args():
@@ -221,13 +195,11 @@ def parse_args():
     flag("--num_samples", type=int, default=1000, help="images in samples.npz; 0: only the grids")
     flag("--classes", nargs="+", help="names or numbers of the grids' rows; else ten of all")
     flag("--columns", type=int, default=10, help="images per row of a grid")
-    flag("--image", nargs="+", metavar="FILE", help="only draw variations of these pictures under "
-         "their prologues, as images of the first of --classes, or else of no class")
-    flag("--keep", type=float, default=0.0, help="share of its rows that --image keeps as well")
     flag("--seed", type=int, default=0, help="of the noise")
 
     # How to draw; by default as the preset says
-    flag("--preset", choices=PRESETS, help="row of table A5; else the AR file's, unguided or tiny")
+    flag("--preset", choices=PRESETS, metavar="ROW", help="of table A5, else the AR file's, "
+         f"unguided or tiny; one of {', '.join(PRESETS)}")
     flag("--no_cfg", action="store_true", help="the preset's settings without guidance")
     flag("--cfg_visual", type=float, help="guidance: 1 is off, s * cond + (1 - s) * uncond")
     flag("--cfg_prologue", type=float, help="below 1 it pulls towards unconditional")
@@ -243,20 +215,22 @@ def parse_args():
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     flag("--dtype", default="fp32", choices=["fp32", "bf16"], help="of the networks")
     flag("--compile", action="store_true", help="torch.compile decoder and single-token step")
-    return parser.parse_args()
+    args = parser.parse_args()
+    check_flags(parser, args, "columns", "batch_size")
+    return args
 
 
 @torch.no_grad()
 def main():
     args = parse_args()
     folder = pair_folder(args.pair, args.out)
-    args.out = args.out or "out"
-    out = Path(args.out)
     rank, world_size, device, autocast = setup(args.device, args.dtype, timeout_hours=12)
+    args.out = args.out or "out"
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would make a new plan for every token
 
     # Models
     tokenizer, ar = load_pair(folder, device)
+    out = open_out(args.out, "*.png", "*.npz") if rank == 0 else Path(args.out)
     if args.dtype == "bf16":  # cast once and not in every step; norms, embeddings and head stay
         for module in ar.transformer.modules():
             if isinstance(module, torch.nn.Linear):
@@ -275,35 +249,38 @@ def main():
     settings = preset_settings(preset, args.no_cfg)
     settings |= {name: value for name, value in vars(args).items()
                  if name in settings and value is not None}
-    settings |= dict(cfg_schedule=args.cfg_schedule, top_k=args.top_k, top_p=args.top_p)
+    settings["cfg_schedule"] = args.cfg_schedule
+    settings |= {name: getattr(args, name) for name in FILTERS}
     if rank == 0:
-        print(f"{tokenizer.cfg.layout} pair in {folder}, preset {preset}", flush=True)
+        print(f"{tokenizer.config.layout} pair in {folder}, preset {preset}", flush=True)
 
-    # Grids, or variations of given pictures
-    with autocast:
-        if rank == 0 and args.image:
-            save_variations(tokenizer, ar, args, settings, batch_size)
-        elif rank == 0:
+    # Grids
+    if rank == 0:
+        with autocast:
             save_grids(tokenizer, ar, args, settings, batch_size)
 
     # Many images, each class equally often; each rank draws a part
-    if args.num_samples > 0 and not args.image:
-        labels = torch.arange(args.num_samples) % ar.cfg.num_classes
+    if args.num_samples > 0:
+        labels = torch.arange(args.num_samples) % ar.config.num_classes
         images = []
         numbers = torch.arange(args.num_samples).tensor_split(world_size)[rank]
-        for batch in tqdm(numbers.split(batch_size), desc="batches", disable=rank > 0):
+        bar = tqdm(total=len(numbers), desc="samples", unit=" images", disable=rank > 0)
+        for batch in numbers.split(batch_size):
             with autocast:
                 codes = draw(ar, labels[batch], batch, args.seed, batch_size, settings)
                 images.append(decode(tokenizer, codes, batch_size))
+            bar.update(len(batch))
+        bar.close()
         images = torch.cat(images).numpy()
         parts = [images] * world_size
         if world_size > 1:
             dist.gather_object(images, parts if rank == 0 else None)
         if rank == 0:
             how = json.dumps(vars(args) | dict(pair=str(folder), preset=preset) | settings)
-            with writing(out / "samples.npz") as temporary, open(temporary, "wb") as file:
+            with atomic_write(out / "samples.npz") as temporary, open(temporary, "wb") as file:
                 np.savez(file, arr_0=np.concatenate(parts), arr_1=labels.numpy(), how=how)
-            print(f"{out / 'samples.npz'}: {args.num_samples} images")
+            print(f"{out / 'samples.npz'}: {args.num_samples} images. Next: python fid.py --out "
+                  f"{out}")
 
     finish()
 

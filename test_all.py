@@ -13,21 +13,21 @@ from ar import AR, ARConfig, guidance, sample_codes
 from tokenizer import LAYOUTS, Tokenizer, TokenizerConfig
 from train_stage1 import Stage1
 
-# N = 16 visual tokens of V = 40 codes, K = 3 prologue tokens of P = 12 codes
-CFG = TokenizerConfig(image_size=32, patch_size=8, encoder=(2, 64), decoder=(2, 64), post=(1, 64),
-                      head_dim=32, codebook_size=40, code_dim=6, num_prologue=3,
-                      prologue_codebook_size=12)
-K, N, V, P = 3, 16, 40, 12
+# N = 16 visual tokens of V = 64 codes, K = 3 prologue tokens of P = 12 codes
+CONFIG = TokenizerConfig(image_size=32, patch_size=8, encoder=(2, 64), decoder=(2, 64),
+                         post=(1, 64), head_dim=32, codebook_size=64, code_dim=6, num_prologue=3,
+                         prologue_codebook_size=12)
+K, N, V, P = 3, 16, 64, 12
 LABELS = torch.zeros(4, dtype=torch.int64)
 
 
 def models(layout="prologue", **ar_cfg):
     """A tokenizer and an AR model of five classes with random weights, and four images."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer(replace(CFG, layout=layout)).eval()
-    cfg = ARConfig.for_tokenizer(tokenizer.cfg, layers=2, dim=64, head_dim=32, num_classes=5,
+    tokenizer = Tokenizer(replace(CONFIG, layout=layout)).eval()
+    config = ARConfig.for_tokenizer(tokenizer.config, layers=2, dim=64, head_dim=32, num_classes=5,
                                  **ar_cfg)
-    ar = AR(cfg).eval()
+    ar = AR(config).eval()
     for p in ar.parameters():  # wide weights, so that logits differ enough to be told apart
         p.data += 0.3 * torch.randn_like(p)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
@@ -48,9 +48,9 @@ def test_shapes(layout):
     assert tokenizer.decode(codes).shape == (4, 3, 32, 32)
     assert torch.equal(tokenizer.decode(codes), tokenizer.decode(codes[:, k:]))
 
-    reconstruction, training_codes, onehot, vq_loss = tokenizer(images)
+    reconstruction, training_codes, onehot, losses = tokenizer(images)
     assert torch.equal(training_codes, codes)
-    assert vq_loss.shape == ()
+    assert [loss.shape for loss in losses.values()] == [()]
     assert (reconstruction is None) == (layout == "post")  # its visual path is frozen
     assert (onehot is None) == (k == 0)
     assert onehot is None or onehot.shape == (4, K, P)
@@ -85,7 +85,7 @@ def test_cross_entropy_reaches_the_prologue_path_only():
     for name in ("tokenizer.encoder.queries", "tokenizer.encoder.input.weight",
                  "tokenizer.encoder.transformer.blocks.0.attn.qkv.weight",
                  "tokenizer.prologue_quantizer.proj.weight",
-                 "tokenizer.prologue_quantizer.codebook", "ar.embedding.weight"):
+                 "tokenizer.prologue_quantizer.codebook", "ar.token_embedding.weight"):
         assert name in reached, name
 
 
@@ -94,8 +94,8 @@ def test_reconstruction_never_reaches_the_prologue_codebook():
     stage1 = Stage1(tokenizer, ar, ce_weight=3.0)
     drop = torch.zeros(4, dtype=torch.bool)
 
-    reconstruction, vq_loss, _ = stage1(images, LABELS, drop)
-    reached = gradients((reconstruction - images).abs().mean() + vq_loss, stage1)
+    reconstruction, losses, _ = stage1(images, LABELS, drop)
+    reached = gradients((reconstruction - images).abs().mean() + sum(losses.values()), stage1)
     assert "tokenizer.visual_quantizer.codebook" in reached
     for name in reached:
         assert "prologue" not in name and not name.startswith("ar."), name
@@ -135,39 +135,31 @@ def test_dropped_visual_tokens_are_hidden_from_the_ar():
     assert not torch.equal(a[2:], b[2:])
 
 
-def plain_generate(ar, labels, noise, cfg_prologue, cfg_visual, schedule, power, **filters):
-    """Sampling without a cache: for each token the whole sequence runs anew, once for the class and
-    once without, and of all logits those of its codebook are taken."""
-    k = ar.cfg.num_prologue
-    codes = torch.zeros(len(labels), k + N, dtype=torch.int64)
-    unconditional = torch.full_like(labels, ar.cfg.num_classes)
+@pytest.mark.parametrize("layout", ["prologue", "2d"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.7, 3.0), (1.0, 2.0), (1.5, 1.0)])
+@pytest.mark.parametrize("top_k", [0, 1])  # 1 takes the likeliest code
+def test_generate_equals_the_plain_uncached_path(layout, schedule, scales, top_k):
+    """Each code is the one that is drawn from the logits of the whole sequence, without a cache,
+    once for the class and once without, of which those of its codebook are taken."""
+    _, ar, _ = models(layout)
+    k = ar.config.num_prologue
+    labels = torch.tensor([0, 3, 4])
+    noise = torch.rand(3, k + N, generator=torch.Generator().manual_seed(1))
+    cfg_prologue, cfg_visual = scales
+    codes = ar.generate(labels, cfg_prologue, cfg_visual, schedule, cfg_power=0.5, top_k=top_k,
+                        noise=noise)
+    with_class = ar(codes, labels)  # (3, L, vocabulary)
+    without = ar(codes, torch.full_like(labels, ar.no_class))
     for i in range(k + N):
         position = i if i < k or k == 0 else i + 1  # EOS stands between the groups
         if i < k:
             scale = cfg_prologue
-            rows = slice(V, V + P)
+            allowed = slice(V, V + P)
         else:
             t = (position - k) / (1 + N) if k > 0 else i / N
-            scale = guidance(cfg_visual, schedule, power, t)
-            rows = slice(0, V)
-        with_class = ar(codes, labels)[:, position, rows]
-        without = ar(codes, unconditional)[:, position, rows]
+            scale = guidance(cfg_visual, schedule, 0.5, t)
+            allowed = slice(0, V)
         logits = scale * with_class + (1 - scale) * without
-        codes[:, i] = sample_codes(logits, noise[:, i], **filters)
-    return codes
-
-
-@pytest.mark.parametrize("layout", ["prologue", "2d"])
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.7, 3.0), (1.0, 2.0), (1.5, 1.0)])
-def test_generate_equals_the_plain_uncached_path(layout, schedule, scales):
-    _, ar, _ = models(layout)
-    labels = torch.tensor([0, 3, 4])
-    noise = torch.rand(3, ar.cfg.num_prologue + N, generator=torch.Generator().manual_seed(1))
-    guide = dict(cfg_prologue=scales[0], cfg_visual=scales[1])
-    for top_k in (0, 1):  # 1 takes the likeliest code
-        plain = plain_generate(ar, labels, noise, schedule=schedule, power=0.5, top_k=top_k,
-                               **guide)
-        codes = ar.generate(labels, cfg_schedule=schedule, cfg_power=0.5, top_k=top_k, noise=noise,
-                            **guide)
-        assert torch.equal(codes, plain)
+        drawn = sample_codes(logits[:, position, allowed], noise[:, i], top_k=top_k)
+        assert torch.equal(codes[:, i], drawn)

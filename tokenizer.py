@@ -15,6 +15,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -70,13 +71,15 @@ def rope_angles(positions, dim, theta):
 
 def rope_table(grid, line, head_dim):
     """Angles (grid*grid + line, d/2) of the patches of an image, row by row, theta 2000, and after
-    them of `line` tokens in a line, theta 10000."""
+    them of `line` tokens in a line, theta 10000. On the axes of the others an angle is 0."""
     row_dim, column_dim, l_dim = rope_axis_dims(head_dim)
     places = torch.arange(grid)
     rows = rope_angles(places.repeat_interleave(grid), row_dim, 2000.0)
     columns = rope_angles(places.repeat(grid), column_dim, 2000.0)
+    patches = F.pad(torch.cat([rows, columns], 1), (0, l_dim // 2))  # (grid*grid, d/2)
     tokens = rope_angles(torch.arange(line), l_dim, 10000.0)
-    return torch.block_diag(torch.cat([rows, columns], 1), tokens)
+    tokens = F.pad(tokens, ((row_dim + column_dim) // 2, 0))  # (line, d/2)
+    return torch.cat([patches, tokens])
 
 
 def rope(x, cos, sin):
@@ -190,7 +193,7 @@ def unit_norm(x):
 
 @contextlib.contextmanager
 def exact_fp32(device_type):
-    """No autocast, no TF32: with TF32 a code search picks another code for 0.15% of the tokens."""
+    """No autocast, no TF32: it would change the nearest code of up to 0.15% of the tokens."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     with torch.autocast(device_type, enabled=False):
@@ -202,9 +205,9 @@ def exact_fp32(device_type):
 def nearest_code(z, codebook, chunk=1024):
     """Index of the code with the largest cosine: unit vectors z (..., c), codebook (V, c) -> (...).
     In chunks, because the similarities of a whole batch to 16,384 codes would take gigabytes."""
-    codes = unit_norm(codebook.float())  # (V, c)
-    nearest = [(part @ codes.T).argmax(-1) for part in z.flatten(0, -2).split(chunk)]
-    return torch.cat(nearest).view(z.shape[:-1])
+    q = unit_norm(codebook.float())  # (V, c)
+    codes = [(part @ q.T).argmax(-1) for part in z.flatten(0, -2).split(chunk)]
+    return torch.cat(codes).view(z.shape[:-1])
 
 
 class VisualQuantizer(nn.Module):
@@ -223,22 +226,23 @@ class VisualQuantizer(nn.Module):
         return unit_norm(F.embedding(codes, self.codebook))
 
     def forward(self, h):
-        """h (B, N, D) -> straight-through codes (B, N, c), indices (B, N), loss. Paper section 2;
-        the 0.25 is the official code's, where the paper (appendix E) says 1."""
+        """h (B, N, D) -> code vectors q (B, N, c) with a straight-through gradient, codes (B, N),
+        losses by name, which are all added to the objective and logged. Paper section 2; the 0.25
+        is the official code's, and the 1 of the paper's appendix E most likely the whole loss's."""
         with exact_fp32(h.device.type):
             z = self.project(h)  # (B, N, c)
             codes = nearest_code(z, self.codebook)  # (B, N)
             q = self.lookup(codes)  # (B, N, c)
             commitment = F.mse_loss(z, q.detach())  # pulls the encoder toward the codes
             codebook = F.mse_loss(q, z.detach())  # pulls the codes toward the encoder
-            loss = 0.25 * commitment + codebook
+            losses = {"vq": 0.25 * commitment + codebook}
             q = z + (q - z).detach()  # forward the code; backward as if it were z
-        return q, codes, loss
+        return q, codes, losses
 
 
 def prob_ste(z, codebook, tau):
     """Unit vectors z (..., c), codebook (P, c) -> one-hot (..., P) with the gradient of p =
-    softmax(cos / tau), indices. Section 2.2: p + sg(onehot - p), where sg stops the gradient;
+    softmax(cos / tau), codes (...). Section 2.2: p + sg(onehot - p), where sg stops the gradient;
     written as onehot + (p - sg(p)) the forward is exactly one-hot."""
     p = (z @ unit_norm(codebook).T / tau).softmax(-1)  # (..., P)
     codes = p.detach().argmax(-1)
@@ -257,7 +261,7 @@ class PrologueQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim) * code_dim**-0.5)
 
     def forward(self, h):
-        """h (B, K, D) -> one-hot (B, K, P) that carries the gradient, indices (B, K)."""
+        """h (B, K, D) -> one-hot (B, K, P) that carries the gradient, codes (B, K)."""
         with exact_fp32(h.device.type):
             z = unit_norm(self.proj(h.float()))  # (B, K, c)
             return prob_ste(z, self.codebook, self.tau)
@@ -303,6 +307,8 @@ class TokenizerConfig:
         if self.layout in ("1d", "2d"):
             self.num_prologue = 0
             self.prologue_codebook_size = 0
+        elif self.num_prologue < 1:
+            raise SystemExit(f"the layout {self.layout} has 1 or more prologue tokens; 2d has none")
 
     @property
     def grid(self):  # patches along a side
@@ -316,7 +322,7 @@ class TokenizerConfig:
 class Encoder(nn.Module):
     """A transformer over the patches and, after them, learned vectors that read them (queries)."""
 
-    def __init__(self, cfg, in_dim, size, num_queries, hidden_ratio=8 / 3):
+    def __init__(self, config, in_dim, size, num_queries, hidden_ratio=8 / 3):
         super().__init__()
         layers, dim = size
         self.input = nn.Linear(in_dim, dim)
@@ -324,8 +330,8 @@ class Encoder(nn.Module):
         self.queries = None
         if num_queries > 0:
             self.queries = nn.Parameter(torch.randn(num_queries, dim) * 0.02)
-        self.transformer = Transformer(layers, dim, cfg.head_dim, hidden_ratio, bias=True)
-        angles = rope_table(cfg.grid, num_queries, cfg.head_dim)  # (N + num_queries, d/2)
+        self.transformer = Transformer(layers, dim, config.head_dim, hidden_ratio, bias=True)
+        angles = rope_table(config.grid, num_queries, config.head_dim)  # (N + num_queries, d/2)
         self.register_buffer("angles", angles, persistent=False)
 
     def forward(self, x):
@@ -337,16 +343,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(Encoder):
-    """Visual code vectors -> patches. In the layout 1d the inputs, which are codes in a line, and
-    the queries, which lie on the grid, change places."""
+    """Visual code vectors -> patches. In the layout 1d the codes stand in a line, and N queries on
+    the grid read them; in the other layouts each code stands in its patch's place."""
 
-    def __init__(self, cfg):
-        num_queries = cfg.num_visual if cfg.layout == "1d" else 0
-        super().__init__(cfg, cfg.code_dim, cfg.decoder, num_queries)
-        self.angles = self.angles.roll(num_queries, 0)  # 1d: first the line's, then the grid's
-        _, dim = cfg.decoder
+    def __init__(self, config):
+        num_queries = config.num_visual if config.layout == "1d" else 0
+        super().__init__(config, config.code_dim, config.decoder, num_queries)
+        self.angles = self.angles.roll(num_queries, 0)  # 1d: of 2N, the line's N come first here
+        _, dim = config.decoder
         self.norm = RMSNorm(dim)
-        self.out = nn.Linear(dim, 3 * cfg.patch_size**2)
+        self.out = nn.Linear(dim, 3 * config.patch_size**2)
         init_weights(self.out)
 
     def forward(self, q):
@@ -366,67 +372,67 @@ class Tokenizer(nn.Module):
               the prologue tokens
     """
 
-    def __init__(self, cfg):
+    def __init__(self, config):
         super().__init__()
-        self.cfg = cfg
-        k = cfg.num_prologue
-        num_queries = {"prologue": k, "1d": cfg.num_visual, "2d": 0, "post": 0}[cfg.layout]
-        self.encoder = Encoder(cfg, 3 * cfg.patch_size**2, cfg.encoder, num_queries)
-        _, dim = cfg.encoder
-        self.visual_quantizer = VisualQuantizer(dim, cfg.codebook_size, cfg.code_dim)
-        self.decoder = Decoder(cfg)
-        if cfg.layout == "post":
-            self.post_encoder = Encoder(cfg, dim, cfg.post, k, hidden_ratio=11 / 4)
-            _, dim = cfg.post
+        self.config = config
+        k = config.num_prologue
+        num_queries = {"prologue": k, "1d": config.num_visual, "2d": 0, "post": 0}[config.layout]
+        self.encoder = Encoder(config, 3 * config.patch_size**2, config.encoder, num_queries)
+        _, dim = config.encoder
+        self.visual_quantizer = VisualQuantizer(dim, config.codebook_size, config.code_dim)
+        self.decoder = Decoder(config)
+        if config.layout == "post":
+            self.post_encoder = Encoder(config, dim, config.post, k, hidden_ratio=11 / 4)
+            _, dim = config.post
         if k > 0:
-            self.prologue_quantizer = PrologueQuantizer(dim, cfg.prologue_codebook_size,
-                                                        cfg.code_dim, cfg.tau)
+            self.prologue_quantizer = PrologueQuantizer(dim, config.prologue_codebook_size,
+                                                        config.code_dim, config.tau)
 
     def hidden(self, images):
         """images (B, 3, H, W) -> h_visual (B, N, D), h_prologue (B, K, D). Paper equation 1."""
-        p = self.cfg.patch_size
-        n = self.cfg.num_visual
+        p = self.config.patch_size
+        n = self.config.num_visual
         x = images.unflatten(2, (-1, p)).unflatten(4, (-1, p))  # (B, 3, rows, p, columns, p)
         x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, p, p, 3)
         h = self.encoder(x.flatten(3).flatten(1, 2))  # (B, N, p*p*3) -> (B, N + num_queries, D)
-        if self.cfg.layout == "1d":
+        if self.config.layout == "1d":
             return h[:, n:], h[:, :0]
-        if self.cfg.layout == "post":
+        if self.config.layout == "post":
             return h, self.post_encoder(h)[:, n:]
         return h[:, :n], h[:, n:]
 
     def pixels(self, q):
         """Visual code vectors (B, N, c) -> images (B, 3, H, W)."""
-        p = self.cfg.patch_size
+        p = self.config.patch_size
         x = self.decoder(q)  # (B, N, p*p*3)
-        x = x.unflatten(1, (self.cfg.grid, -1)).unflatten(3, (p, p, 3))  # (B, rows, cols, p, p, 3)
-        x = x.permute(0, 5, 1, 3, 2, 4)  # (B, 3, rows, p, columns, p)
+        x = x.unflatten(1, (self.config.grid, -1))  # (B, rows, columns, p*p*3)
+        x = x.unflatten(3, (p, p, 3)).permute(0, 5, 1, 3, 2, 4)  # (B, 3, rows, p, columns, p)
         return x.flatten(4, 5).flatten(2, 3)
 
     def quantize(self, images, direct_ce=False):
-        """images (B, 3, H, W) -> visual code vectors (B, N, c), codes (B, K+N), one-hot, VQ loss.
+        """images (B, 3, H, W) -> visual code vectors (B, N, c), codes (B, K+N), one-hot, losses.
 
         The one-hot carries CE's gradient: it is that of the prologue (B, K, P), or with direct_ce
         that of the visual codes (B, N, V), or None.
         """
         h_visual, h_prologue = self.hidden(images)
-        q, codes, vq_loss = self.visual_quantizer(h_visual)
+        q, codes, losses = self.visual_quantizer(h_visual)
         onehot = None
-        if self.cfg.num_prologue > 0:
+        if self.config.num_prologue > 0:
             onehot, prologue_codes = self.prologue_quantizer(h_prologue)
             codes = torch.cat([prologue_codes, codes], 1)  # (B, K+N)
         elif direct_ce:
             with exact_fp32(images.device.type):
                 z = self.visual_quantizer.project(h_visual)
-                onehot, _ = prob_ste(z, self.visual_quantizer.codebook, self.cfg.tau)
-        return q, codes, onehot, vq_loss
+                onehot, _ = prob_ste(z, self.visual_quantizer.codebook, self.config.tau)
+        return q, codes, onehot, losses
 
     def forward(self, images, direct_ce=False):
-        """The training pass: images -> reconstruction (B, 3, H, W), codes, one-hot, VQ loss. The
-        layout post has a frozen decoder and gives no reconstruction."""
-        q, codes, onehot, vq_loss = self.quantize(images, direct_ce)
-        reconstruction = self.pixels(q) if self.cfg.layout != "post" else None
-        return reconstruction, codes, onehot, vq_loss
+        """The training pass: images -> reconstruction (B, 3, H, W), codes, one-hot, losses of the
+        visual quantizer. The layout post has a frozen decoder and gives no reconstruction."""
+        q, codes, onehot, losses = self.quantize(images, direct_ce)
+        reconstruction = self.pixels(q) if self.config.layout != "post" else None
+        return reconstruction, codes, onehot, losses
 
     @torch.no_grad()
     def encode(self, images):
@@ -436,13 +442,13 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, codes):
         """codes (B, K+N) or (B, N), of which the prologue is not read -> images (B, 3, H, W)."""
-        visual = codes[:, -self.cfg.num_visual :]  # (B, N)
+        visual = codes[:, -self.config.num_visual :]  # (B, N)
         return self.pixels(self.visual_quantizer.lookup(visual))
 
     def save(self, path):
         weights = safetensors.torch.save(self.state_dict())
-        self.cfg.fingerprint = hashlib.sha256(weights).hexdigest()[:16]
-        save_checkpoint(path, "tokenizer", self.state_dict(), asdict(self.cfg))
+        self.config.fingerprint = hashlib.sha256(weights).hexdigest()[:16]
+        save_checkpoint(path, "tokenizer", self.state_dict(), asdict(self.config))
 
     @classmethod
     def load(cls, path):
@@ -453,8 +459,23 @@ class Tokenizer(nn.Module):
 # What the scripts share: files, device and ranks
 
 
+def open_out(out, *files):
+    """The folder `out` of a script that writes `files` to it: made where it is missing, and without
+    what a killed run left half-written. Ends the script now if nothing can be written there."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            for leftover in out.glob(f"{file}.*.tmp"):
+                leftover.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise SystemExit(f"--out {out} cannot be written to: {error}") from None
+
+
 @contextlib.contextmanager
-def writing(path):
+def atomic_write(path):
     """Yields a temporary path, of this process alone, which becomes `path` when the block ends
     without an error: readers see the old file or the new one, never a half."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
@@ -476,50 +497,61 @@ def check_finite(what, tensors):
             raise SystemExit(f"{what}: {name} is not finite")
 
 
-def save_checkpoint(path, kind, tensors, cfg):
-    """Tensors, and the dict `cfg` as JSON in the metadata, in one safetensors file."""
+def save_checkpoint(path, kind, tensors, config):
+    """Tensors, and the dict `config` as JSON in the metadata, in one safetensors file."""
     check_finite(path, tensors)
     # One entry: safetensors orders several at random, and equal weights should give equal files.
-    metadata = {"config": json.dumps({"kind": kind} | cfg)}
-    with writing(path) as temporary:
+    metadata = {"config": json.dumps({"kind": kind} | config)}
+    with atomic_write(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o644)  # safetensors creates files only their owner can read
+        with contextlib.suppress(OSError):  # some file systems have no modes
+            os.chmod(temporary, 0o644)  # safetensors creates files only their owner can read
 
 
 def read_safetensors(path, kind):
-    """{name: memory-mapped tensor} and cfg of a file that `save_checkpoint` wrote for `kind`."""
+    """{name: memory-mapped tensor} and config of a file that `save_checkpoint` wrote for `kind`."""
     maker = {"codes": "pretokenize.py", "ar": "train_ar.py"}.get(kind, "train_stage1.py")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            cfg = json.loads((file.metadata() or {}).get("config", "{}"))
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{path}, which {maker} makes, cannot be read: {error}") from None
-    if cfg.pop("kind", None) != kind:
+    if config.pop("kind", None) != kind:
         raise SystemExit(f"{path} holds no {kind!r} of these scripts (released weights are "
                          "imported by tools/released.py)")
-    return tensors, cfg
+    return tensors, config
 
 
 def load_model(path, kind, model_class, config_class):
     """The frozen model, in eval mode, of a checkpoint. Weights in half precision become fp32."""
-    tensors, cfg = read_safetensors(path, kind)
+    tensors, config = read_safetensors(path, kind)
     check_finite(path, tensors)
     with torch.random.fork_rng(devices=[]):  # the random weights are replaced: nobody's draw
-        model = model_class(config_class(**cfg))
+        model = model_class(config_class(**config))
     model.load_state_dict(tensors, assign=True)
     return model.float().eval().requires_grad_(False)
 
 
+def check_flags(parser, args, *positive):
+    """Ends a script where a number is negative or none (nan), or one of `positive` is below 1."""
+    for name, value in vars(args).items():
+        lowest = 1 if name in positive else 0
+        if isinstance(value, (int, float)) and not value >= lowest:
+            parser.error(f"--{name} {value} should be {lowest} or more")
+
+
 def setup(device="auto", dtype="fp32", timeout_hours=1):
-    """-> rank, world_size, device, autocast of this process. Without torchrun, which starts the
-    ranks, one process does everything; the dtype "auto" is bf16 on GPUs that have it."""
+    """-> rank, world_size, device, autocast of this process. Ranks are started by torchrun, or by
+    any other launcher that sets its environment variables; without one, one process does
+    everything. The dtype "auto" is bf16 on GPUs that have it."""
     torch.set_float32_matmul_precision("highest")  # some containers start with TF32
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # class names in any script, on any terminal
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")  # class names on any terminal
     rank = 0
     world_size = 1
-    if dist.is_torchelastic_launched():
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         rank = int(os.environ["RANK"])
         world_size = int(os.environ["WORLD_SIZE"])
     if device == "auto":
@@ -527,7 +559,7 @@ def setup(device="auto", dtype="fp32", timeout_hours=1):
         if torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if world_size > 1 else 0)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
     device = torch.device(device)
     if world_size > 1:
         # Losses and gradients travel by nccl between GPUs, what is on the CPU by gloo.
@@ -536,11 +568,12 @@ def setup(device="auto", dtype="fp32", timeout_hours=1):
     if dtype == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bf16" if has_bf16 else "fp32"
-    number = torch.bfloat16 if dtype == "bf16" else torch.float32
+    torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     if rank == 0:
-        kind = "flash-attn" if can_flash(device, number) else "torch's scaled_dot_product_attention"
+        flash = can_flash(device, torch_dtype)
+        kind = "flash-attn" if flash else "torch's scaled_dot_product_attention"
         print(f"{world_size} x {device.type}, {dtype}, attention by {kind}", file=sys.stderr)
-    return rank, world_size, device, torch.autocast(device.type, number, enabled=dtype == "bf16")
+    return rank, world_size, device, torch.autocast(device.type, torch_dtype, dtype == "bf16")
 
 
 def finish():

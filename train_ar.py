@@ -7,14 +7,16 @@ One step: for each image one of its tokenized crops is drawn, for a tenth of the
 replaced by "unconditional" (which classifier-free guidance needs), and the cross-entropy of
 [prologue, EOS, visual] is the whole loss.
 
-In --out it leaves ar.safetensors (the raw weights, which are sampled) and beside it the tokenizer,
-train_ar.jsonl (the log) and train_ar.pt (the state for --resume).
+In --out it leaves ar.safetensors (the raw weights, which are sampled), ar_best.safetensors (where
+held-out nats were lowest), beside them the tokenizer, train_ar.jsonl (the log) and train_ar.pt (the
+state for --resume). This file also holds what train_stage1.py, the same loop with a GAN, shares.
 """
 
 import argparse
-import contextlib
 import json
+import re
 import shutil
+import signal
 import time
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -27,55 +29,127 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig
-from pretokenize import visited_images
-from tokenizer import (TokenizerConfig, check_finite, compile_blocks, finish, read_safetensors,
-                       setup, writing)
+from pretokenize import Tokens, visited_images
+from tokenizer import (Transformer, atomic_write, check_finite, check_flags, compile_blocks, finish,
+                       open_out, read_safetensors, setup)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
+BETAS = (0.9, 0.96)  # of AdamW
+# What people watch of the log's numbers
+SHOWN = ("images_per_s", "minutes_left", "l1", "vq", "ce", "discriminator", "nats", "val_psnr",
+         "val_nats", "val_nats_prologue", "val_usage_visual")
 
 
-class Tokens:
-    """A token file of pretokenize.py, mapped from disk: ranks and processes share its memory.
-
-    codes: (images, crops, K+N) uint16. labels: (images,) int64. classes: their names. cfg: of the
-    tokenizer that made the codes. digest: of everything that they depend on.
-    """
-
-    def __init__(self, path):
-        tensors, cfg = read_safetensors(path, "codes")
-        self.codes = tensors["codes"].numpy()
-        self.labels = tensors["labels"]
-        self.classes = cfg["classes"]
-        self.cfg = TokenizerConfig(**cfg["tokenizer"])
-        self.digest = cfg["digest"]
-
-    def batch(self, images, crops=0):
-        """Codes (B, K+N) and labels (B,), int64, of image numbers (B,) and crop numbers (B,)."""
-        return torch.from_numpy(self.codes[images, crops].astype(np.int64)), self.labels[images]
+# What both trainers share: flags, state, learning rate, log
 
 
-# What both trainers share: state, learning rate, log
+def trainer_flags(parser, **defaults):
+    """Adds the flags that both trainers have; `defaults` are those in which they differ."""
+    flag = parser.add_argument
+
+    # Optimization
+    flag("--steps", type=int, help="of the whole run; the schedule follows it")
+    flag("--batch_size", type=int, default=32, help="images per step, over all ranks together")
+    flag("--micro_batch_size", type=int, help="images per forward and rank, to save memory")
+    flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    flag("--lr", type=float, help="learning rate after the warmup")
+    flag("--min_lr", type=float, help="at the last step, after warmup and hold")
+    flag("--warmup", type=int, default=50, help="steps of linear warmup")
+    flag("--hold", type=int, default=argparse.SUPPRESS, help="steps at --lr, before the linear "
+         "decay; else half of --steps in stage 1, a quarter in stage 2")
+    flag("--seed", type=int, default=0, help="of everything random")
+
+    # Machine and files
+    flag("--out", default="out", help="folder for everything that is written and looked for")
+    flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
+    flag("--overwrite", action="store_true", help="start anew over the run in --out")
+    flag("--log_every", type=int, default=50, help="steps between lines of the log; here and "
+         "for the next 0 means at the end only")
+    flag("--eval_every", type=int, default=400, help="steps between held-out measures")
+    flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")
+    flag("--save_every", type=int, default=400, help="steps between saved states")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
+    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
+    flag("--compile", action="store_true", help="torch.compile the transformer blocks")
+    parser.set_defaults(**defaults)
 
 
-def load_state(path, fixed, resume):
-    """The state that a trainer saved at `path`, or None; what must not change, `fixed`, is as then.
-    All ranks do as the first, also where copies of the data differ from node to node."""
-    shared = [path.exists(), fixed]
+def parse_trainer_args(parser, hold):
+    """The flags, checked; `hold` is the default of --hold as a share of --steps."""
+    args = parser.parse_args()
+    args.hold = getattr(args, "hold", int(hold * args.steps))
+    check_flags(parser, args, "steps", "batch_size", "micro_batch_size", "image_size", "patch_size",
+                "codebook_size", "code_dim", "gan_channels")
+    return args
+
+
+def is_due(every, step, args):
+    """Whether what is done after each `every` steps, if that is not 0, and at the end, is due."""
+    return step == args.steps or (every > 0 and step % every == 0)
+
+
+def on_ctrl_c(*_):
+    raise SystemExit("stopped: --resume goes on from the step that was saved last")
+
+
+def load_state(path, must_match, args):
+    """The state that a trainer saved at `path`, or None. With --resume, what `must_match` is as
+    then. All ranks do as the first, also where copies of the data differ from node to node."""
+    shared = [path.exists(), must_match]
     if dist.is_initialized():
         dist.broadcast_object_list(shared)
-    there, fixed = shared
-    if not (there and resume):
+    there, must_match = shared
+    if there and not (args.resume or args.overwrite):
+        raise SystemExit(f"{path} is of a run in this folder: go on with --resume, take another "
+                         "--out, or replace the run with --overwrite")
+    if args.overwrite:
+        path.unlink(missing_ok=True)
+    if not there or args.overwrite:
         return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception:  # torch would advise to unpickle freely
         raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
-    for name, value in fixed.items():
-        before = state["fixed"].get(name)
+    for name, value in must_match.items():
+        before = state.get("must_match", {}).get(name)
         if before != value:
-            raise SystemExit(f"--resume: {path} was made with {name} {before} and not {value}")
+            raise SystemExit(f"--resume: {path} was made with {name} {before} and not {value}; to "
+                             "go on from its weights otherwise, use --init and another --out")
     return state
+
+
+def save_state(path, state, optimizers):
+    """Everything that --resume needs. Nothing in it may be broken for ever, as a moment of Adam's
+    that is not finite would be."""
+    for optimizer in optimizers:
+        for moments in optimizer.state.values():
+            check_finite(f"step {state['step']}, Adam", moments)
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+
+def split_batch(args, world_size, lowest=1):
+    """Images of a rank, and of a micro-batch, in which there should be `lowest` or more."""
+    per_rank = args.batch_size // world_size
+    micro = args.micro_batch_size or per_rank
+    if args.batch_size % world_size or per_rank % micro or micro < lowest:
+        raise SystemExit(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
+                         f"with micro-batches of {micro}, each of {lowest} or more images")
+    return per_rank, micro
+
+
+def for_training(model, args):
+    """The model with --gradient_checkpointing, --compile and, between ranks, averaged gradients."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        compile_blocks(model)
+    if dist.is_initialized():
+        model = DistributedDataParallel(model)
+        model.broadcast_buffers = False  # the only ones, RoPE tables, never change
+    return model.train()
 
 
 def learning_rate(step, args):
@@ -85,7 +159,7 @@ def learning_rate(step, args):
     return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
 
 
-def log_entry(step, lr, terms, seconds, args):
+def log_line(step, lr, terms, seconds, args):
     """What the log says of a step: with `terms`, {name: 0-dim tensor}, as means over the ranks.
     Ends the run if one of them is not finite. seconds: of a step, in the mean since the start."""
     values = torch.stack(list(terms.values()))
@@ -93,48 +167,48 @@ def log_entry(step, lr, terms, seconds, args):
         dist.all_reduce(values)
         values /= dist.get_world_size()
     check_finite(f"step {step}", dict(zip(terms, values)))
-    entry = dict(step=step, lr=lr, images_per_s=args.batch_size / seconds,
-                 minutes_left=(args.steps - step) * seconds / 60)
-    return entry | dict(zip(terms, values.tolist()))
+    line = dict(step=step, lr=lr, images_per_s=args.batch_size / seconds,
+                minutes_left=(args.steps - step) * seconds / 60)
+    return line | dict(zip(terms, values.tolist()))
 
 
-def report(entry, path, size, args):
-    """A line of a trainer's log: in the file, of which the first `size` bytes are this run's, with
-    --wandb at Weights & Biases, and for people. Returns the new size."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as log:
-        log.truncate(min(size, log.tell()))
-        print(json.dumps(entry), file=log, flush=True)
-        size = log.tell()
-    if args.wandb:
-        import wandb
-
-        run = wandb.run or wandb.init(project=args.wandb, name=str(path), config=vars(args))
-        run.log(entry, step=entry["step"])
-    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has left: go on
-        print(*(f"{name} {value:.6g}" for name, value in entry.items()), sep="  ", flush=True)
-    return size
+def write_log(line, path, args):
+    """Appends a line to a trainer's log, and shows people what they watch of it. After a resume
+    some steps stand in the log twice; the later line counts."""
+    try:
+        with open(path, "a") as log:
+            print(json.dumps(line), file=log)
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be written (is the disk full?): {error}") from None
+    words = [f"{name} {line[name]:.4g}" for name in SHOWN if name in line]
+    print(f"{line.get('step', 0)}/{args.steps}", *words, sep="  ", flush=True)
 
 
 # Model and held-out measures
 
 
-def build_model(args, tokens):
+def build_model(args, tokens, rank):
     """A new AR model for the codes, or one that starts from the weights of --init, whatever its
-    classes are: a class with a known name keeps its embedding, any other starts as no class."""
-    cfg = ARConfig.for_tokenizer(tokens.cfg, **SIZES[args.size], num_classes=len(tokens.classes),
-                                 classes=tokens.classes, dropout=args.dropout,
-                                 tokenizer=tokens.cfg.fingerprint)
+    classes are: a known class keeps its embedding, any other starts as no class."""
+    config = ARConfig.for_tokenizer(tokens.config, **SIZES[args.size],
+                                    num_classes=len(tokens.classes), classes=tokens.classes,
+                                    dropout=args.dropout, tokenizer=tokens.config.fingerprint)
     if args.init is None:
-        return AR(cfg)
+        return AR(config)
     old = AR.load(args.init)
-    ar = AR(replace(cfg, layers=old.cfg.layers, dim=old.cfg.dim, head_dim=old.cfg.head_dim,
-                    preset=old.cfg.preset))
+    sizes = {name: getattr(old.config, name) for name in ("layers", "dim", "head_dim", "preset")}
+    ar = AR(replace(config, **sizes))
     weights = old.state_dict()
-    bos = weights["bos.weight"]  # (old classes + 1, D), the last row is the unconditional one
-    known = dict(zip(old.cfg.classes, bos))
-    rows = [known.get(name, bos[-1]) for name in cfg.classes]
-    weights["bos.weight"] = torch.stack([*rows, bos[-1]])
+    *embeddings, no_class = weights["class_embedding.weight"]  # each (D,)
+    names = old.config.classes
+    if len(names) == 1000 == sum(bool(re.fullmatch(r"n\d{8}", name)) for name in config.classes):
+        names = config.classes  # ImageNet's n-numbers, whose order is that of its labels
+    known = dict(zip(names, embeddings))
+    kept = sum(name in known for name in config.classes)
+    if rank == 0:
+        print(f"--init: {kept} of {len(config.classes)} classes keep their embedding")
+    embeddings = [known.get(name, no_class) for name in config.classes]
+    weights["class_embedding.weight"] = torch.stack([*embeddings, no_class])
     ar.load_state_dict(weights)
     return ar
 
@@ -163,111 +237,76 @@ def parse_args():
         description="Train an AR model. Defaults are the tiny demo's, recipes/ has the paper's.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-
-    # Data and model
     flag("--codes", help="token file, beside its codes_val; else codes.safetensors in --out")
     flag("--tokenizer", help="file that made the codes; else tokenizer.safetensors in --out")
     flag("--size", default="tiny", choices=SIZES, help="of the AR model")
     flag("--init", metavar="AR", help="file to start from; its size counts, classes may be others")
     flag("--dropout", type=float, default=0.1, help="on embedding, attention and MLP outputs")
-
-    # Optimization
-    flag("--steps", type=int, default=1300, help="of the whole run; the schedule follows it")
-    flag("--batch_size", type=int, default=32, help="images per step, over all ranks together")
-    flag("--micro_batch_size", type=int, help="images per forward and rank, to save memory")
-    flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    flag("--lr", type=float, default=1e-3, help="learning rate after the warmup")
-    flag("--min_lr", type=float, default=1e-5, help="at the last step, after warmup and hold")
-    flag("--warmup", type=int, default=50, help="steps of linear warmup")
-    flag("--hold", type=int, default=300, help="steps at --lr, before the linear decay")
-    flag("--beta2", type=float, default=0.96, help="of AdamW; beta1 is 0.9")
     flag("--weight_decay", type=float, default=0.03, help="on matrices only")
-    flag("--seed", type=int, default=0, help="of everything random")
-
-    # Machine and files
-    flag("--out", default="out", help="folder for everything that is written and looked for")
-    flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--log_every", type=int, default=50, help="steps between lines of the log")
-    flag("--eval_every", type=int, default=400, help="steps between held-out measures")
-    flag("--eval_images", type=int, default=2000, help="held-out images for the measures")
-    flag("--save_every", type=int, default=400, help="steps between saved states")
-    flag("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
-    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
-    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
-    flag("--compile", action="store_true", help="torch.compile the transformer blocks")
-    return parser.parse_args()
+    trainer_flags(parser, steps=1300, lr=1e-3, min_lr=1e-5, eval_images=2000)
+    return parse_trainer_args(parser, hold=0.25)
 
 
 def main():
     args = parse_args()
-    out = Path(args.out)
 
-    # Device, ranks, and this rank's share of a step, in one or more micro-batches
+    # Device, ranks, and this rank's part of a step, in one or more micro-batches
     rank, world_size, device, autocast = setup(args.device, args.dtype)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
+    out = Path(args.out)
     cuda = device.type == "cuda"
-    per_rank = args.batch_size // world_size
-    micro = args.micro_batch_size or per_rank
-    if args.batch_size % world_size or per_rank % micro:
-        raise SystemExit(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
-                         f"with micro-batches of {micro}")
+    per_rank, micro = split_batch(args, world_size)
 
     # Tokens, all of one tokenizer, of which --out gets a copy, so that it holds a pair
     codes_path = Path(args.codes or out / "codes.safetensors")
     tokens = Tokens(codes_path)
     val_path = codes_path.with_stem(f"{codes_path.stem}_val")
-    val_tokens = Tokens(val_path) if val_path.exists() else None
+    val_tokens = Tokens(val_path) if val_path.exists() and args.eval_images > 0 else None
+    if val_tokens and val_tokens.partner != tokens.digest:
+        raise SystemExit(f"{val_path} and {codes_path} are of two runs of pretokenize.py: run it "
+                         "again, to its end")
     own = out / "tokenizer.safetensors"
     tokenizer_path = Path(args.tokenizer or own)
-    made_by = [tokenizer_path, own] if own.exists() else [tokenizer_path]
-    fingerprints = {path: read_safetensors(path, "tokenizer")[1].get("fingerprint")
-                    for path in made_by}
-    if val_tokens is not None:
-        fingerprints[val_path] = val_tokens.cfg.fingerprint
-    for path, fingerprint in fingerprints.items():
-        if fingerprint != tokens.cfg.fingerprint:
+    for path in {tokenizer_path, own} if own.exists() else {tokenizer_path}:
+        fingerprint = read_safetensors(path, "tokenizer")[1].get("fingerprint")
+        if fingerprint != tokens.config.fingerprint:
             raise SystemExit(f"{path} and {codes_path} are of two tokenizers: run pretokenize.py "
                              "again, or give the tokenizer of these codes, or another --out")
     num_images, num_crops, length = tokens.codes.shape
+
     if rank == 0:
-        print(f"{codes_path}: {num_images} images of {len(tokens.classes)} classes x {num_crops} "
-              f"crops x {length} codes", flush=True)
-        if not own.exists():
-            with writing(own) as temporary:
-                shutil.copyfile(tokenizer_path, temporary)
+        open_out(out, "*ar*", "tokenizer*")
 
-    # Model and optimizer
+    # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL
     torch.manual_seed(args.seed)
-    ar = build_model(args, tokens).to(device)
+    same = ("size", "dropout", "weight_decay", "batch_size", "seed")
+    must_match = {name: getattr(args, name) for name in same} | {"codes": tokens.digest}
+    state = load_state(out / "train_ar.pt", must_match, args)
+    ar = AR(ARConfig(**state["config"])) if state else build_model(args, tokens, rank)
+    ar.to(device)
     optimizer = torch.optim.AdamW(ar.parameter_groups(args.weight_decay), lr=args.lr,
-                                  betas=(0.9, args.beta2), fused=True)
-
-    # Resume; what is popped is not kept in memory, 8 GB a rank for XL
-    log = out / "train_ar.jsonl"
+                                  betas=BETAS, fused=True)
     start_step = 0
-    log_size = 0
-    lowest = (float("inf"), 0)  # held-out nats, and their step
-    fixed = dict(asdict(ar.cfg), codes=tokens.digest, batch_size=args.batch_size, seed=args.seed,
-                 beta2=args.beta2, weight_decay=args.weight_decay)
-    state = load_state(out / "train_ar.pt", fixed, args.resume)
-    if state is not None:
+    lowest = float("inf")  # held-out nats
+    if state:
         ar.load_state_dict(state.pop("ar"))
         optimizer.load_state_dict(state.pop("optimizer"))
         start_step = state["step"]
-        log_size = state["log_size"]
         lowest = state["lowest"]
+    log = out / "train_ar.jsonl"
     if rank == 0:
+        if not own.exists():
+            with atomic_write(own) as temporary:
+                shutil.copyfile(tokenizer_path, temporary)
         size = sum(p.numel() for p in ar.parameters()) / 1e6
-        print(f"{size:.1f}M parameters, from step {start_step + 1}", flush=True)
-
-    # Compilation and ranks; the only buffers, RoPE tables, never change
-    ar.transformer.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:
-        compile_blocks(ar)
-    model = DistributedDataParallel(ar, broadcast_buffers=False) if world_size > 1 else ar
+        print(f"{codes_path}: {num_images} images of {len(tokens.classes)} classes x {num_crops} "
+              f"crops x {length} codes")
+        print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done", flush=True)
+        if start_step == 0:
+            write_log({"settings": vars(args)}, log, args)
 
     # The loop
-    ar.train()
+    model = for_training(ar, args)
     clock = time.perf_counter()
     for step in range(start_step + 1, args.steps + 1):
         # Learning rate
@@ -287,8 +326,10 @@ def main():
         crops = torch.randint(num_crops, (args.batch_size,), generator=generator)[of_rank]
         unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < CLASS_DROPOUT
         codes, labels = tokens.batch(images, crops.numpy())
+        if cuda:
+            codes = codes.pin_memory()  # a large copy is asynchronous from pinned memory only
         codes = codes.to(device, non_blocking=cuda)
-        labels = labels.masked_fill(unlabelled, ar.cfg.num_classes).to(device, non_blocking=cuda)
+        labels = labels.masked_fill(unlabelled, ar.no_class).to(device, non_blocking=cuda)
 
         # Forward and backward
         ce = torch.zeros((), device=device)
@@ -307,34 +348,38 @@ def main():
         optimizer.step()
 
         # Log
-        if step % args.log_every == 0 or step == args.steps:
+        if is_due(args.log_every, step, args):
             right = (logits.argmax(-1) == targets).float()  # of the last micro-batch
             terms = dict(ce=ce, nats=ce * ar.length, accuracy=right.mean(), grad_norm=norm)
             seconds = (time.perf_counter() - clock) / (step - start_step)
-            entry = log_entry(step, lr, terms, seconds, args)
+            line = log_line(step, lr, terms, seconds, args)
             if rank == 0:
-                log_size = report(entry, log, log_size, args)
+                write_log(line, log, args)
 
         # Held-out measures
-        if (step % args.eval_every == 0 or step == args.steps) and rank == 0 and val_tokens:
+        if is_due(args.eval_every, step, args) and rank == 0 and val_tokens:
             ar.eval()
             with torch.compiler.set_stance("force_eager"):  # these shapes would recompile
                 measures = evaluate(ar, val_tokens, args.eval_images, device, autocast)
-            lowest = min(lowest, (measures["val_nats"], step))
-            measures["lowest_step"] = lowest[1]
-            log_size = report({"step": step} | measures, log, log_size, args)
             ar.train()
+            write_log({"step": step} | measures, log, args)
+            if measures["val_nats"] < lowest:
+                lowest = measures["val_nats"]
+                ar.save(out / "ar_best.safetensors")
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
-        if (step % args.save_every == 0 or step == args.steps) and rank == 0:
+        if rank == 0 and is_due(args.save_every, step, args):
             ar.save(out / "ar.safetensors")
-            state = dict(step=step, log_size=log_size, lowest=lowest, fixed=fixed,
-                         ar=ar.state_dict(), optimizer=optimizer.state_dict())
-            with writing(out / "train_ar.pt") as temporary:
-                torch.save(state, temporary)
+            state = dict(step=step, steps=args.steps, lowest=lowest, must_match=must_match,
+                         config=asdict(ar.config), ar=ar.state_dict(),
+                         optimizer=optimizer.state_dict())
+            save_state(out / "train_ar.pt", state, [optimizer])
 
+    if rank == 0:
+        print(f"done: {out / 'ar.safetensors'}. Next: python sample.py --out {out}")
     finish()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_ctrl_c)
     main()

@@ -18,6 +18,11 @@ One step, for images x (paper equation 2):
     update the discriminator on x against y
     EMA of the tokenizer <- tokenizer                            # the weights that are used later
 
+Why a prologue learns anything: the targets of cross-entropy are integers, so it reaches the encoder
+only through what the AR model reads. For half of the images the visual tokens are hidden from it;
+whatever the prologue tells of such an image lowers the loss. No term asks a prologue token to be
+easy to predict.
+
 Which loss reaches which weights:
 
     l1, perceptual, gan    encoder, visual projection, decoder
@@ -40,6 +45,7 @@ import copy
 import functools
 import os
 import random
+import signal
 import time
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -49,15 +55,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, ARConfig
 from ar import SIZES as AR_SIZES
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, psnr, random_crop,
                          save_grid, to_float, to_uint8, visited_images)
-from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, Transformer, check_finite,
-                       compile_blocks, finish, setup, writing)
-from train_ar import learning_rate, load_state, log_entry, report
+from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, check_finite, finish, open_out,
+                       setup)
+from train_ar import (for_training, is_due, learning_rate, load_state, log_line,
+                      on_ctrl_c, parse_trainer_args, save_state, split_batch, trainer_flags,
+                      write_log)
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
@@ -65,9 +72,16 @@ LECAM_WEIGHT = 0.001
 R1_WEIGHT = 0.01
 R1_EVERY = 25  # steps
 
-# Flags of the tokenizer that default to those of --size or --init
-MODEL_FLAGS = ("image_size", "patch_size", "codebook_size", "code_dim", "num_prologue",
-               "prologue_codebook_size", "tau")
+# Flags of the tokenizer that default to those of --size or --init: type and help
+MODEL_FLAGS = {
+    "image_size": (int, "side in pixels"),
+    "patch_size": (int, "side in pixels; each patch is a visual token"),
+    "codebook_size": (int, "visual codes V"),
+    "code_dim": (int, "dimensions of a code"),
+    "num_prologue": (int, "prologue tokens K"),
+    "prologue_codebook_size": (int, "prologue codes P"),
+    "tau": (float, "temperature of Prob-STE"),
+}
 
 # Models, losses and EMA
 
@@ -89,15 +103,15 @@ class Stage1(nn.Module):
 
     def forward(self, images, labels, drop):
         """images (B, 3, H, W), labels (B,), drop (B,) bool -> reconstruction (B, 3, H, W) or None
-        in the layout post, VQ loss, CE in nats per token."""
-        reconstruction, codes, onehot, vq_loss = self.tokenizer(images, self.direct_ce)
+        in the layout post, losses of the visual quantizer by name, CE in nats per token."""
+        reconstruction, codes, onehot, losses = self.tokenizer(images, self.direct_ce)
         if self.ar is None:
-            return reconstruction, vq_loss, torch.zeros_like(vq_loss)
+            return reconstruction, losses, images.new_zeros(())
         onehot = onehot.detach() + self.ce_weight * (onehot - onehot.detach())
         logits = self.ar(codes, labels, onehot, drop)  # (B, L, vocabulary)
         tokens = self.ar.sequence(codes)  # (B, L)
         ce = F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-        return reconstruction, vq_loss, ce
+        return reconstruction, losses, ce
 
 
 class Discriminator(nn.Module):
@@ -180,15 +194,15 @@ class Perceptual(nn.Module):
         return images.new_zeros(())
 
 
-def discriminator_loss(discriminator, x, y, with_r1, share):
+def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     """Loss of the discriminator on images x against reconstructions y, and its terms for the log.
-    share: of this micro-batch in the step, by which it moves LeCam's averages (decay 0.999)."""
+    micro_share: of this micro-batch in the step; it moves LeCam's averages by it (decay 0.999)."""
     logits_real, logits_fake, r1 = discriminator(x, y, with_r1)
     means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
     if dist.is_initialized():
         dist.all_reduce(means)
         means = means / dist.get_world_size()
-    discriminator.averages.lerp_(means, 0.001 * share)
+    discriminator.averages.lerp_(means, 0.001 * micro_share)
     lecam = lecam_penalty(logits_real, logits_fake, discriminator.averages)
     vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
     loss = vanilla + LECAM_WEIGHT * lecam + R1_WEIGHT / 2 * r1
@@ -198,27 +212,23 @@ def discriminator_loss(discriminator, x, y, with_r1, share):
 
 def build_tokenizer(args):
     """A new tokenizer, or one that starts from the weights of --init. The layout post adds a
-    prologue to a 2d one; encoder, visual quantizer and decoder are then frozen."""
-    changed = {name: value for name, value in vars(args).items()
-               if name in MODEL_FLAGS and value is not None}
-    cfg = TokenizerConfig(**SIZES[args.size], layout=args.layout)
+    prologue to a 2d one."""
+    changed = {name: value for name, value in vars(args).items() if name in MODEL_FLAGS}
+    config = TokenizerConfig(**SIZES[args.size], layout=args.layout)
     if args.init is None:
-        return Tokenizer(replace(cfg, **changed))
+        return Tokenizer(replace(config, **changed))
     old = Tokenizer.load(args.init)
-    if (old.cfg.layout, args.layout) == ("2d", "post"):
-        cfg = replace(old.cfg, layout="post", post=cfg.post, tau=cfg.tau,
-                      num_prologue=cfg.num_prologue,
-                      prologue_codebook_size=cfg.prologue_codebook_size)
-    elif args.layout == old.cfg.layout:
-        cfg = old.cfg
+    if (old.config.layout, args.layout) == ("2d", "post"):
+        config = replace(old.config, layout="post", post=config.post, tau=config.tau,
+                         num_prologue=config.num_prologue,
+                         prologue_codebook_size=config.prologue_codebook_size)
+    elif args.layout == old.config.layout:
+        config = old.config
     else:
-        raise SystemExit(f"--init {args.init} has the layout {old.cfg.layout}: give --layout "
-                         f"{old.cfg.layout} to train it on (only a 2d one can change, to post)")
-    tokenizer = Tokenizer(replace(cfg, fingerprint="", **changed))
+        raise SystemExit(f"--init {args.init} has the layout {old.config.layout}: give --layout "
+                         f"{old.config.layout} to train it on (only a 2d one can change, to post)")
+    tokenizer = Tokenizer(replace(config, fingerprint="", **changed))
     tokenizer.load_state_dict(old.state_dict(), strict=False)  # the layout post has more
-    if args.layout == "post":
-        for module in (tokenizer.encoder, tokenizer.visual_quantizer, tokenizer.decoder):
-            module.requires_grad_(False)
     return tokenizer
 
 
@@ -242,31 +252,35 @@ def training_view(images, visit, size, args):
     return view[:, ::-1] if args.flip and rng.random() < 0.5 else view
 
 
-@torch.no_grad()
-def evaluate(picture, tokenizer, ar, images, args, device, autocast):
-    """Measures of --eval_images held-out images: PSNR in dB, for both codebooks how many codes are
-    used and their perplexity, and with an AR model AR.measure. The first go to the file `picture`,
-    above their reconstructions."""
+def held_out(images, size, args):
+    """Labels (n,) and crops (n, H, W, 3) uint8 of --eval_images images, the same for each measure;
+    read at the start, so that a broken one shows there."""
     count = min(args.eval_images, len(images))
-    indices = visited_images(0, 0, count, len(images))  # the same at each call, in random order
-    batches = torch.tensor(indices).split(64)
-    views = load_batches(lambda index: center_crop(images.open(index), tokenizer.cfg.image_size),
-                         batches, args.num_workers)
+    chosen = visited_images(0, 0, count, len(images))  # in random order
+    loader = load_batches(lambda index: center_crop(images.open(index), size), [chosen],
+                          args.num_workers)
+    return images.labels[chosen] if args.onestage else torch.zeros(count).long(), next(loader)
+
+
+@torch.no_grad()
+def evaluate(picture, tokenizer, ar, labels, images, device, autocast):
+    """Measures of held-out images uint8 (n, H, W, 3): PSNR in dB, for both codebooks how many codes
+    are used and their perplexity, and with an AR model AR.measure. The first go to the file
+    `picture`, above their reconstructions."""
     sums = defaultdict(float)
     all_codes = []
-    for chosen, x in zip(batches, views):  # x (B, H, W, 3) uint8
-        labels = images.labels[chosen] if args.onestage else torch.zeros(len(x)).long()
+    for x, y_labels in zip(images.split(64), labels.split(64)):  # x (B, H, W, 3)
         with autocast:
             codes = tokenizer.encode(to_float(x.to(device)))  # (B, K+N)
             y = to_uint8(tokenizer.decode(codes))  # (B, H, W, 3)
-            measures = ar.measure(codes, labels.to(device)) if ar is not None else {}
+            measures = ar.measure(codes, y_labels.to(device)) if ar is not None else {}
         if not all_codes:
             save_grid(picture, [x[:16], y[:16]])
         measures["psnr"] = psnr(x, y)
         for name, values in measures.items():
-            sums[f"val_{name}"] += values.sum().item() / count
+            sums[f"val_{name}"] += values.sum().item() / len(images)
         all_codes.append(codes)
-    sizes = [tokenizer.cfg.num_prologue, tokenizer.cfg.num_visual]
+    sizes = [tokenizer.config.num_prologue, tokenizer.config.num_visual]
     for group, codes in zip(("prologue", "visual"), torch.cat(all_codes).split(sizes, 1)):
         if codes.numel() > 0:
             _, uses = codes.unique(return_counts=True)
@@ -291,17 +305,15 @@ def parse_args():
     flag("--crop", default="center", choices=["center", "random"], help="random is ADM's")
     flag("--flip", action="store_true", help="mirror half of the images")
 
+    flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
+
     # Tokenizer
     flag("--size", default="tiny", choices=SIZES, help="of networks, images and codebooks")
     flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
     flag("--init", metavar="TOKENIZER", help="file to go on from; its size counts")
-    flag("--image_size", type=int, help="side; default of this and the next six: --size")
-    flag("--patch_size", type=int, help="side in pixels; each patch is a visual token")
-    flag("--codebook_size", type=int, help="visual codes V")
-    flag("--code_dim", type=int, help="dimensions of a code")
-    flag("--num_prologue", type=int, help="prologue tokens K")
-    flag("--prologue_codebook_size", type=int, help="prologue codes P")
-    flag("--tau", type=float, help="temperature of Prob-STE")
+    sizes = parser.add_argument_group("sizes, each by default as --size or --init says")
+    for name, (kind, text) in MODEL_FLAGS.items():
+        sizes.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
 
     # Joint AR model
     flag("--ar_size", default="nano", choices=AR_SIZES, help="of the joint AR model")
@@ -316,31 +328,8 @@ def parse_args():
     flag("--gan_weight", type=float, default=0.02, help="0 trains without a discriminator")
     flag("--gan_channels", type=int, default=16, help="width of the discriminator")
 
-    # Optimization
-    flag("--steps", type=int, default=1600, help="of the whole run; the schedule follows it")
-    flag("--batch_size", type=int, default=32, help="images per step, over all ranks together")
-    flag("--micro_batch_size", type=int, help="images per forward and rank, to save memory")
-    flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    flag("--lr", type=float, default=5e-4, help="learning rate after the warmup")
-    flag("--min_lr", type=float, default=5e-5, help="at the last step, after warmup and hold")
-    flag("--warmup", type=int, default=50, help="steps of linear warmup")
-    flag("--hold", type=int, default=800, help="steps at --lr, before the linear decay")
-    flag("--seed", type=int, default=0, help="of everything random")
-
-    # Machine and files
-    flag("--out", default="out", help="folder for everything that is written")
-    flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--log_every", type=int, default=50, help="steps between lines of the log")
-    flag("--eval_every", type=int, default=400, help="steps between held-out measures")
-    flag("--eval_images", type=int, default=1000, help="held-out images for the measures")
-    flag("--save_every", type=int, default=400, help="steps between saved states")
-    flag("--wandb", metavar="PROJECT", help="also log to Weights & Biases")
-    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
-    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
-    flag("--compile", action="store_true", help="torch.compile the transformer blocks")
-    flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
-    args = parser.parse_args()
-
+    trainer_flags(parser, steps=1600, lr=5e-4, min_lr=5e-5, eval_images=1000)
+    args = parse_trainer_args(parser, hold=0.5)
     if args.layout == "post" and args.init is None:
         parser.error("--layout post needs --init TOKENIZER, a trained 2d one, to add a prologue to")
     if args.direct_ce and args.layout not in ("1d", "2d"):
@@ -354,39 +343,53 @@ def parse_args():
 
 def main():
     args = parse_args()
-    out = Path(args.out)
 
-    # Device, ranks, and this rank's share of a step, in one or more micro-batches
+    # Device, ranks, and this rank's part of a step, in one or more micro-batches
     rank, world_size, device, autocast = setup(args.device, args.dtype)
-    cuda = device.type == "cuda"  # where copies are asynchronous
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, but where exact_fp32 forbids it
     torch.backends.cudnn.benchmark = True
-    per_rank = args.batch_size // world_size
-    micro = args.micro_batch_size or per_rank
-    if args.batch_size % world_size or per_rank % micro or micro < 2:
-        raise SystemExit(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
-                         f"with micro-batches of {micro}, which should have 2 images or more")
-    share = micro / per_rank
+    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
+        raise SystemExit(f"--out {args.out} lies in --data {args.data}: its pictures would be "
+                         "taken too")
+    out = Path(args.out)
+    cuda = device.type == "cuda"  # where copies are asynchronous
+    per_rank, micro = split_batch(args, world_size, lowest=2)  # for BatchNorm
+    micro_share = micro / per_rank
 
     # Data
-    if out.resolve().is_relative_to(Path(args.data).resolve()):
-        raise SystemExit(f"--out {out} lies in --data {args.data}: its pictures would be taken too")
     images = Images(args.data)
     val_data = args.val_data or default_val(args.data)
     val_images = Images(val_data or args.data)
     if args.onestage and val_images.classes != images.classes:
         raise SystemExit(f"--onestage: {val_images} has other classes than {images}")
 
-    # Models, equal on all ranks
+    # State of an earlier run
+    if rank == 0:
+        open_out(out, "*tokenizer*", "*ar*", "train_stage1*")
     torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer(args).to(device)
+    same = ("size", "layout", *MODEL_FLAGS, "ar_size", "onestage", "direct_ce", "crop", "flip",
+            "gan_channels", "batch_size", "seed")
+    must_match = {name: getattr(args, name, None) for name in same}
+    # On another type of device Adam's moments would have another memory layout
+    must_match |= dict(images=images.digest(), device=device.type)
+    state = load_state(out / "train_stage1.pt", must_match, args)
+
+    # Models, equal on all ranks
+    if state:
+        tokenizer = Tokenizer(TokenizerConfig(**state["config"]))
+    else:
+        tokenizer = build_tokenizer(args)
+    if args.layout == "post":
+        for module in (tokenizer.encoder, tokenizer.visual_quantizer, tokenizer.decoder):
+            module.requires_grad_(False)
+    tokenizer.to(device)
     ar = None
-    if tokenizer.cfg.num_prologue > 0 or args.direct_ce:
+    if tokenizer.config.num_prologue > 0 or args.direct_ce:
         classes = images.classes if args.onestage else []  # without classes: unconditional
-        ar = AR(ARConfig.for_tokenizer(tokenizer.cfg, num_classes=len(classes), classes=classes,
+        ar = AR(ARConfig.for_tokenizer(tokenizer.config, num_classes=len(classes), classes=classes,
                                        **AR_SIZES[args.ar_size])).to(device)
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
-    final = tokenizer if args.onestage else ema  # the weights that are used afterwards
+    result = tokenizer if args.onestage else ema  # the weights that are used afterwards
     memory = dict(memory_format=torch.channels_last) if cuda else {}
     perceptual_loss = Perceptual(args.perceptual).to(device, **memory)
     discriminator = Discriminator(args.gan_channels).to(device, **memory)
@@ -400,44 +403,33 @@ def main():
     optimizers = [torch.optim.AdamW(groups, lr=args.lr, fused=True),
                   torch.optim.AdamW(discriminator.parameters(), lr=args.lr, fused=True,
                                     betas=(0.0, 0.99), weight_decay=1e-4)]
-
-    # Resume, on the same type of device, which decides the memory layout of Adam's moments
-    parts = [stage1, ema, discriminator, *optimizers]
-    log = out / "train_stage1.jsonl"
-    fixed = dict(asdict(tokenizer.cfg), images=images.digest(), crop=args.crop, flip=args.flip,
-                 batch_size=args.batch_size, seed=args.seed, device=device.type)
-    state = load_state(out / "train_stage1.pt", fixed, args.resume)
+    stateful = [stage1, ema, discriminator, *optimizers]
     start_step = 0
-    log_size = 0
-    if state is not None:
-        for part, saved in zip(parts, state.pop("parts")):
+    if state:
+        for part, saved in zip(stateful, state.pop("parts")):
             part.load_state_dict(saved)
         start_step = state["step"]
-        log_size = state["log_size"]
+    log = out / "train_stage1.jsonl"
     if rank == 0:
         size = sum(p.numel() for p in tokenizer.parameters()) / 1e6
         print(f"training on {images}")
         print(f"measuring {val_images}{'' if val_data else ', none are held out'}")
-        print(f"{size:.1f}M parameters, from step {start_step + 1}", flush=True)
+        if args.eval_images > 0:
+            val_labels, val_crops = held_out(val_images, tokenizer.config.image_size, args)
+        print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done", flush=True)
+        if start_step == 0:
+            write_log({"settings": vars(args)}, log, args)
 
-    # Compilation and ranks; the only buffers, RoPE tables, never change
-    for module in stage1.modules():
-        if isinstance(module, Transformer):
-            module.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:
-        compile_blocks(stage1)
-    model = DistributedDataParallel(stage1, broadcast_buffers=False) if world_size > 1 else stage1
-
-    # Batches of visits, one for each micro-batch, that a loader reads ahead of the loop
+    # Numbers of the visits of each micro-batch, whose images a loader reads ahead of the loop
     steps = range(start_step + 1, args.steps + 1)
     firsts = ((step - 1) * args.batch_size + rank * per_rank + i
               for step in steps for i in range(0, per_rank, micro))
     batches = (range(first, first + micro) for first in firsts)
-    load = functools.partial(training_view, images, size=tokenizer.cfg.image_size, args=args)
+    load = functools.partial(training_view, images, size=tokenizer.config.image_size, args=args)
     loader = load_batches(load, batches, args.num_workers)
 
     # The loop
-    stage1.train()
+    model = for_training(stage1, args)
     clock = time.perf_counter()
     for step in steps:
         # Learning rate
@@ -456,7 +448,7 @@ def main():
         if args.onestage:
             first = (step - 1) * args.batch_size + rank * per_rank
             labels = images.labels[visited_images(args.seed, first, per_rank, len(images))]
-            labels = labels.masked_fill(unlabelled, len(images.classes))
+            labels = labels.masked_fill(unlabelled, ar.no_class)
         labels = labels.to(device, non_blocking=cuda)
         drop = drop.to(device, non_blocking=cuda)
 
@@ -471,7 +463,7 @@ def main():
 
             # Tokenizer and joint AR model
             with autocast:
-                y, vq, ce = model(x, labels[i : i + micro], drop[i : i + micro])
+                y, quantizer, ce = model(x, labels[i : i + micro], drop[i : i + micro])
             l1 = perceptual = gan = torch.zeros((), device=device)
             if y is not None:
                 l1 = F.l1_loss(y, x)
@@ -481,19 +473,20 @@ def main():
                 with autocast:
                     gan = F.softplus(-discriminator.net(y).float()).mean()
                 discriminator.requires_grad_(True)
-            loss = l1 + vq + perceptual + args.gan_weight * gan + ce
-            (loss * share).backward()
-            losses = dict(l1=l1, vq=vq, perceptual=perceptual, gan=gan, ce=ce)
+            loss = l1 + sum(quantizer.values()) + perceptual + args.gan_weight * gan + ce
+            (loss * micro_share).backward()
+            losses = dict(l1=l1, perceptual=perceptual, gan=gan, ce=ce) | quantizer
 
             # Discriminator, on the same images and reconstructions
             if args.gan_weight > 0:
                 with_r1 = step % R1_EVERY == 0  # differentiates twice: not in bf16
                 with contextlib.nullcontext() if with_r1 else autocast:
-                    loss, more = discriminator_loss(discriminator, x, y, with_r1, share)
-                (loss * share).backward()
+                    loss, more = discriminator_loss(discriminator, x, y, with_r1,
+                                                    micro_share)
+                (loss * micro_share).backward()
                 losses |= more
             for name, value in losses.items():
-                terms[name] += value.detach() * share
+                terms[name] += value.detach() * micro_share
 
         # Step and EMA
         if world_size > 1 and args.gan_weight > 0:
@@ -505,34 +498,38 @@ def main():
         update_ema(ema, tokenizer, min(EMA_HALF_LIFE, 0.1 * step))
 
         # Log
-        if step % args.log_every == 0 or step == args.steps:
+        if is_due(args.log_every, step, args):
             terms["grad_norm"] = nn.utils.clip_grad_norm_(stage1.parameters(), torch.inf)
             seconds = (time.perf_counter() - clock) / (step - start_step)
-            entry = log_entry(step, lr, terms, seconds, args)
+            line = log_line(step, lr, terms, seconds, args)
             if rank == 0:
-                log_size = report(entry, log, log_size, args)
+                write_log(line, log, args)
 
         # Held-out measures and pictures
-        if (step % args.eval_every == 0 or step == args.steps) and rank == 0:
+        if is_due(args.eval_every, step, args) and rank == 0 and args.eval_images > 0:
             with torch.compiler.set_stance("force_eager"):  # these shapes would recompile
-                measures = evaluate(out / "train_stage1.png", final, ar, val_images, args, device,
-                                    autocast)
-                log_size = report({"step": step} | measures, log, log_size, args)
+                measures = evaluate(out / "train_stage1.png", result, ar, val_labels, val_crops,
+                                    device, autocast)
+            write_log({"step": step} | measures, log, args)
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
-        if (step % args.save_every == 0 or step == args.steps) and rank == 0:
-            check_finite(f"step {step}", dict(nn.ModuleList(parts[:3]).named_parameters()))
-            final.save(out / "tokenizer.safetensors")
+        if rank == 0 and is_due(args.save_every, step, args):
+            check_finite(f"step {step}", dict(nn.ModuleList(stateful[:3]).named_parameters()))
+            result.save(out / "tokenizer.safetensors")
             if ar is not None:
-                ar.cfg.tokenizer = final.cfg.fingerprint if args.onestage else ""
+                ar.config.tokenizer = result.config.fingerprint if args.onestage else ""
                 ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
-            state = dict(step=step, log_size=log_size, fixed=fixed,
-                         parts=[part.state_dict() for part in parts])
-            with writing(out / "train_stage1.pt") as temporary:
-                torch.save(state, temporary)
+            state = dict(step=step, steps=args.steps, must_match=must_match,
+                         config=asdict(tokenizer.config),
+                         parts=[part.state_dict() for part in stateful])
+            save_state(out / "train_stage1.pt", state, optimizers)
 
+    if rank == 0:
+        script = "sample.py" if args.onestage else "pretokenize.py"
+        print(f"done: {out / 'tokenizer.safetensors'}. Next: python {script} --out {out}")
     finish()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_ctrl_c)
     main()

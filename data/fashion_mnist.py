@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tokenizer import writing
+from tokenizer import atomic_write
 
 CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
            "ankle-boot"]
@@ -59,7 +59,7 @@ def main():
     flag("--out", default=Path(__file__).with_name("fashion_mnist.zip"))
     flag("--full", action="store_true", help="every image instead of 1,000 + 200 of each class")
     args = parser.parse_args()
-    with writing(args.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomic_write(args.out) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for split, per_class in (("train", 1000), ("val", 200)):
             images, labels = load(args.source, split)
             for label, name in enumerate(CLASSES):

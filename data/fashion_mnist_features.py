@@ -24,6 +24,8 @@ class FashionClassifier(nn.Module):
     """A small CNN for 28 x 28 Fashion-MNIST; its 128 pooled features serve as an offline,
     in-domain Inception."""
 
+    widths = {"pool": 128}
+
     def __init__(self):
         super().__init__()
         layers = []

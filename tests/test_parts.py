@@ -14,10 +14,11 @@ from PIL import Image
 sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
 
 from ar import AR, ARConfig, padded_linear, sample_codes
-from pretokenize import center_crop, load_batches, psnr, to_float, to_uint8, views, visited_images
+from pretokenize import (center_crop, image_crops, load_batches, psnr, to_float, to_uint8,
+                         visited_images)
 from sample import PRESETS, pack_for_cpu, preset_settings
-from test_all import CFG, LABELS, gradients, models
-from tokenizer import Tokenizer, nearest_code, prob_ste, unit_norm, writing
+from test_all import CONFIG, LABELS, gradients, models
+from tokenizer import Tokenizer, nearest_code, prob_ste, unit_norm, atomic_write
 from train_ar import learning_rate
 from train_stage1 import Discriminator, Perceptual, Stage1, discriminator_loss, update_ema
 
@@ -29,7 +30,7 @@ def test_gradients_of_the_quantizers():
     q = quantizer.lookup(nearest_code(z, quantizer.codebook))
     expected = 0.25 * (z - q.detach()).square().mean() + (q - z.detach()).square().mean()
     weights = [quantizer.proj.weight, quantizer.codebook]
-    found = torch.autograd.grad(quantizer(h)[2], weights)
+    found = torch.autograd.grad(quantizer(h)[2]["vq"], weights)
     torch.testing.assert_close(found, torch.autograd.grad(expected, weights))
     # Prob-STE: one-hot forward, softmax backward
     z = unit_norm(torch.randn(5, 6)).requires_grad_()
@@ -60,7 +61,7 @@ def test_discriminator_loss_with_lecam_and_r1():
     gan = Discriminator(4)
     gan.averages += torch.tensor([0.5, -0.5])  # of real and fake
     x, y = torch.randn(2, 2, 3, 32, 32)
-    loss, terms = discriminator_loss(gan, x, y, with_r1=True, share=0.5)
+    loss, terms = discriminator_loss(gan, x, y, with_r1=True, micro_share=0.5)
     real = gan.net(x.requires_grad_())
     fake = gan.net(y)
     means = torch.stack([real.mean(), fake.mean()])
@@ -136,7 +137,7 @@ def test_generate_goes_on_after_given_codes(given, kept):
 def test_compiled_and_packed_models_draw_the_same(monkeypatch):
     eager = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", eager)  # it needs no C++ compiler
-    ar = AR(ARConfig.for_tokenizer(CFG, layers=1, dim=320)).eval().requires_grad_(False)
+    ar = AR(ARConfig.for_tokenizer(CONFIG, layers=1, dim=320)).eval().requires_grad_(False)
     settings = [dict(labels=torch.arange(5), cfg_visual=3.0, noise=u) for u in torch.rand(2, 5, 19)]
     expected = [ar.generate(**kwargs) for kwargs in settings]
     ar.compile_step()
@@ -179,7 +180,7 @@ def test_crops_are_those_of_adm_and_ten_of_its_centre_square():
     places = ((0, 0), (0, 25), (25, 0), (25, 25), (12, 12))
     expected = [side[top : top + 256, left : left + 256]
                 for side in (square, square[:, ::-1]) for top, left in places]
-    assert np.array_equal(views(images, 0, 256, "ten", flip=True), expected)
+    assert np.array_equal(image_crops(images, 0, 256, "ten", flip=True), expected)
 
 
 def test_visits_and_batches():
@@ -216,9 +217,9 @@ def test_checkpoints_are_finite(tmp_path):
 
 
 def test_two_processes_do_not_share_the_temporary_name_of_a_file(tmp_path, monkeypatch):
-    with writing(tmp_path / "file") as ours:
+    with atomic_write(tmp_path / "file") as ours:
         ours.write_text("ours")
         monkeypatch.setattr(os, "getpid", lambda: 0)
-        with writing(tmp_path / "file") as theirs:
+        with atomic_write(tmp_path / "file") as theirs:
             theirs.write_text("theirs")
     assert (tmp_path / "file").read_text() == "ours"

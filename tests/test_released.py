@@ -111,7 +111,7 @@ def test_downloaded_files_of_other_layouts(name, tmp_path, monkeypatch):
     found = [(x.flatten().double() @ torch.arange(x.numel()).double().cos()).item()
              for x in numbers]
     assert found == pytest.approx(PROJECTIONS[name], abs=5e-3)
-    classes = ar.cfg.classes
+    classes = ar.config.classes
     assert [classes[i] for i in (0, 207, 999)] == ["tench", "golden retriever", "toilet tissue"]
     assert len({name.lower() for name in classes}) == 1000
 
