@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# Stages 1.5 and 2: the tokens of a tokenizer and an AR model on them, the latter into $RUNS/ROW.
+# Stages 1.5 and 2: the tokens of a tokenizer whose stage 1 is done, or that was downloaded, and an
+# AR model on them, the latter into $RUNS/ROW. Tokens that are up to date stay.
 #
 #   recipes/ar.sh b_b --micro_batch_size 32       # flags go to train_ar.py and win over the row's
 #
-# GB on each of 8 cards by estimate: state (22 bytes a parameter: weights, gradients, Adam, DDP's
-# buckets, bf16 copies; no EMA), compiled blocks (52 KB a token in XL, 42 in L, 31 in B), logits
-# (4 x fp32, 17,409 wide on Base tokenizers, 5,121 on Large ones).
-#   row              images a card   at a time   state   blocks   logits   sum   the paper's cards
-#   AR-B on Base                64          64       3        7        5    15                   8
-#   AR-B on Large              256         256       2       26        6    34
-#   b_l                         64          64       8       17        5    30
-#   b_xl                        64          64      15       29        5    49
-#   l_l                        256          64       7       17        1    25                   8
-#   l_xl                       256          64      14       29        1    44                  32
-# On Base tokenizers 400 epochs, 2e-4 to 5e-5, as the paper says; on Large ones 800, 4e-4 to 1e-5,
-# as it says and as the authors' script has for all rows, warmup included. L-XL has 150 more in the
-# paper; that the learning rate falls over all 950 is our reading.
+# Cost by estimate, nothing of it was run: GB on each of 8 cards, plus 1 for CUDA, in brackets with
+# --gradient_checkpointing; hours of the whole row at 40% of the bf16 peak, which is low for the
+# head in TF32.
+#   row      images a card   at a time         GB    8 H100   8 A100    the paper
+#   b_b                 64          64   14 (7.5)       7.8       25    13 on 8 A100
+#   b_l                 64          64   29              25       80    25 on 8 A100
+#   b_xl                64          64   47  (19)        51      161
+#   l_b                256         256   35  (10)        14       45
+#   l_l                256          64   26              49      154
+#   l_xl               256          64   46  (19)       118      374    25 on 32 A100
+# On Base tokenizers 400 epochs, 2e-4 to 5e-5, as the paper says; it names no warmup, and 62,500
+# steps (25 epochs) are our choice: the authors' script has as many steps of 2,048 images (100
+# epochs) in all rows. On Large ones 800 epochs, 4e-4 to 1e-5, as the paper says and as the script
+# has for all rows, warmup included. L-XL has 150 more in the paper; that the learning rate falls
+# over all 950 is our reading.
 source "$(dirname "$0")/common.sh"
 row=${1:?give a row, such as b_b}
 shift
@@ -37,10 +40,10 @@ case $row in  # from: the tokenizer's row
 esac
 
 from=$RUNS/$from
-[[ $from/codes.safetensors -nt $from/tokenizer.safetensors ]] ||
-    launch pretokenize.py --data "$DATA/train" --crop ten --batch_size 640 --out "$from"
+finished "$from"
+launch pretokenize.py --data "$DATA/train" --crop ten --batch_size 640 --out "$from"
 launch train_ar.py --out "$RUNS/$row" \
     --tokenizer "$from/tokenizer.safetensors" --codes "$from/codes.safetensors" \
-    --size B --dropout 0.1 --beta2 0.96 --weight_decay 0.03 --steps 1000000 --batch_size 512 \
+    --size B --dropout 0.1 --weight_decay 0.03 --steps 1000000 --batch_size 512 \
     --lr 2e-4 --min_lr 5e-5 --warmup 62500 --hold 0 \
     --log_every 100 --eval_every 5000 --save_every 5000 --compile --resume "${change[@]}" "$@"

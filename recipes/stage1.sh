@@ -3,11 +3,27 @@
 #
 #   recipes/stage1.sh prologue_b --micro_batch_size 16      # flags win over the row's
 #   recipes/stage1.sh direct_2d_0.03                        # Fig. 5 at lambda = 0.03
+#   DRY=1 recipes/stage1.sh 2d                              # only prints the command
 #
-# Base: 150 epochs to 3e-5, as the paper says (authors' script: 200 to 1e-5, Post 1.3M steps).
-# Large: 200 to 1e-5, as both say. Warmup and hold are the script's, the paper names none; nor a
-# schedule for OneStage and Post. The authors published no script of 2d_l and Fig. 5.
-# 32 images a card take 20 GB (Base) or 35 GB (Large) by estimate; the paper had 8 cards.
+# Epochs and last learning rate. A step here is two of the authors' script, where all end at 1e-5.
+#   Base rows     150 to 3e-5   as the paper says; the script: 1d and 2d 150, prologue_b 200
+#   Large rows    200 to 1e-5   as both say
+#   onestage      200 to 1e-5   as the script says, the paper names none
+#   post          260 to 1e-5   as the script says, the paper names none
+# Warmup and hold are the script's, for the paper names none. The script has no command for 2d_l,
+# Fig. 5 and the rows of Tables A1 and A2 below.
+#
+# Cost by estimate, nothing of it was run: GB on each of 8 cards with 32 images, plus 1 for CUDA,
+# and hours at 40% of the bf16 peak, which is low for VGG, ConvNeXt and the head in TF32.
+#   row            GB    8 H100   8 A100    the paper, 8 A100
+#   prologue_b     21       8.7       28                   30
+#   prologue_l     25        18       56                   44
+#   l_b_vgg        30        19       61
+#   2d             18       7.6       24
+#   1d             24      12.8       41
+#   onestage       24        14       45
+#   post            8       4.7       15
+# Without --compile prologue_b takes 24 and prologue_l 30, both 14 with --gradient_checkpointing.
 source "$(dirname "$0")/common.sh"
 row=${1:?give a row, such as prologue_b}
 shift
@@ -21,8 +37,11 @@ case $row in
     prologue_l) change=("${large[@]}") ;;
     1d | 2d)    change=(--layout "$row") joint_ar=() ;;
     2d_l)       change=("${large[@]}" --layout 2d) joint_ar=() ;;
-    post)       change=(--layout post --init "${INIT:-$RUNS/2d/tokenizer.safetensors}") losses=() ;;
-    onestage)   change=(--onestage --ar_size B) ;;  # leaves ar.safetensors: there is no stage 2
+    post)       INIT=${INIT:-$RUNS/2d/tokenizer.safetensors} losses=()
+                finished "$(dirname "$INIT")"
+                change=(--layout post --init "$INIT" --steps 1300000 --min_lr 1e-5) ;;
+    onestage)   # leaves ar.safetensors: there is no stage 2
+                change=(--onestage --ar_size B --steps 1000000 --min_lr 1e-5) ;;
     # Table A1: one factor at a time
     p256)       change=(--prologue_codebook_size 256) ;;
     p4096)      change=(--prologue_codebook_size 4096) ;;

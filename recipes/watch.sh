@@ -9,25 +9,39 @@ LAUNCH=${LAUNCH:-python}
 source "$(dirname "$0")/common.sh"
 dir=${1:?give the folder of a run}
 copy=$dir/watch  # what is measured: the run may save again meanwhile
-mkdir -p "$copy"
 
-take() {  # STATE of a trainer, which it saves right after the weights, and these FILEs
+saved() {  # STATE FILE: a whole save that is not measured yet; trainers save the state last
+    [[ $1 -nt $copy/$2 && -e $dir/$2 && ! $dir/$2 -nt $1 ]]
+}
+take() {  # STATE FILE...
+    mkdir -p "$copy"
     cp "${@:2}" "$copy"
-    step=$(python -c "import sys, torch; print(torch.load(sys.argv[1], 'cpu', mmap=True)['step'])" \
-        "$1")
+    step=$(value_of step "$1")
 }
 add() { sed "s/{/{\"step\": $step, /" | tee -a "$dir/watch.jsonl"; }
+rfid() { fid "$DATA/val" --tokenizer "$copy/tokenizer.safetensors"; }
+gfid() {
+    launch sample.py --out "$copy" --num_samples "${NUM:-10000}" "$@" >&4 &&
+        fid "$copy/samples.npz" ${REFERENCE:+"$REFERENCE"}
+}
+if [[ $DRY ]]; then
+    rfid
+    gfid "${@:2}"
+    exit
+fi
 
 while sleep 60; do
-    if [[ $dir/train_stage1.pt -nt $copy/tokenizer.safetensors ]]; then
-        take "$dir/train_stage1.pt" "$dir/tokenizer.safetensors"
-        fid "$DATA/val" --tokenizer "$copy/tokenizer.safetensors" | add
+    state=$dir/train_stage1.pt
+    if saved "$state" tokenizer.safetensors; then
+        take "$state" "$dir/tokenizer.safetensors"
+        rfid | add
     fi
-    state=$dir/train_ar.pt
-    [[ -e $state ]] || state=$dir/train_stage1.pt  # OneStage
-    if [[ -e $dir/ar.safetensors && $state -nt $copy/ar.safetensors ]]; then
+    [[ -e $dir/train_ar.pt ]] && state=$dir/train_ar.pt  # else OneStage's
+    if saved "$state" ar.safetensors; then
         take "$state" "$dir"/{tokenizer,ar}.safetensors
-        launch sample.py --out "$copy" --num_samples "${NUM:-10000}" "${@:2}"
-        fid "$copy/samples.npz" ${REFERENCE:+"$REFERENCE"} | add
+        if ! gfid "${@:2}" | add; then  # such as a pair of which one half was just replaced
+            echo "$dir: step $step could not be scored, again in a minute" >&2
+            rm "$copy/ar.safetensors"
+        fi
     fi
 done

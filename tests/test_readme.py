@@ -1,18 +1,19 @@
-"""README.md: its three changes to the code work, its links lead somewhere, and its commands, as
-those of all recipes, have flags that the scripts know."""
+"""README.md: its changes to the code work, its links lead somewhere, and its commands, as those of
+all recipes, have flags that the scripts know; what the recipes themselves decide."""
 
 import argparse
+import json
 import os
 import re
 import runpy
 import shlex
-import shutil
 import subprocess
 import sys
 import textwrap
 from unittest import mock
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_scripts import ROOT, copies, trainer
 
@@ -31,26 +32,47 @@ recipes/one_gpu.sh
 for file in recipes/*.sh recipes/../tools/*.sh; do bash -n $file; done
 """
 # In the place of python and torchrun: says what it is asked to run, and leaves --out as they do
-FAKE = """#!/usr/bin/env bash
-[[ $1 = -c ]] && echo 1 && exit
+FAKE = f"""#!/usr/bin/env bash
+[[ $1 = -c ]] && exec {sys.executable} "$@"
 printf "RUN"; printf " %q" "$@"; echo
 while [[ $# -gt 1 ]]; do [[ $1 = --out ]] && mkdir -p "$2"; shift; done
-exit 0
+exit ${{STATUS:-0}}
 """
+
+
+def bash(folder, *lines, **env):
+    """Runs lines in a folder with the recipes, where python and torchrun are FAKE and where there
+    is a sleep as long as there are files nap*."""
+    scripts = {"python": FAKE, "torchrun": FAKE, "sleep": "#!/bin/sh\nrm $(ls nap* | head -n 1)"}
+    (folder / "bin").mkdir()
+    for name, text in scripts.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    path = f"{folder}/bin:{os.environ['PATH']}"
+    return subprocess.run(["bash", "-ec", "\n".join(lines)], cwd=folder, capture_output=True,
+                          text=True, env=os.environ | {"PATH": path} | env)
+
+
+def python_block(word):
+    """The one Python block of README.md with this word in it."""
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    (block,) = [block for block in blocks if word in block]
+    return textwrap.dedent(block)
 
 
 def test_the_changes_that_it_shows(tmp_path):
     """FSQ, the hinge loss and an AR size are put into copies of this process, which train."""
-    fsq, hinge = re.findall(r"```python\n(.*?)```", README, re.S)
-    (size,) = re.findall(r'`"mine": (dict\(.*?\)),`', README)
+    size = re.search(r'"mine": (dict\(.*?\)),', README)[1]
     source = (ROOT / "train_stage1.py").read_text()
-    for line in map(str.strip, hinge.strip().splitlines()):
-        variable = line.partition(" = ")[0]
-        source, count = re.subn(rf"\b{variable} = F\..*", line, source)
-        assert count == 1
+    for line in map(str.strip, python_block("F.relu").splitlines()):
+        variable, equals, _ = line.partition(" = ")
+        if equals and not line.startswith("#"):
+            source, count = re.subn(rf"\b{variable} = F\..*", line, source)
+            assert count == 1
 
     def change(_):
-        exec(textwrap.dedent(fsq), vars(tokenizer))
+        exec(python_block("VisualQuantizer"), vars(tokenizer))
         ar.SIZES["mine"] = eval(size)
         exec(source, vars(train_stage1))
 
@@ -61,22 +83,25 @@ def test_the_changes_that_it_shows(tmp_path):
     assert "visual_quantizer.place" in load_file(tmp_path / "tokenizer.safetensors")
 
 
+def test_its_fsq_is_exact_under_autocast():
+    names = dict(vars(tokenizer))
+    exec(python_block("VisualQuantizer"), names)
+    torch.manual_seed(0)
+    quantizer = names["VisualQuantizer"](96, 256, 4)
+    h = torch.randn(8, 49, 96)
+    codes = quantizer(h)[1]
+    assert len(codes.unique()) > 10
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantizer(h)[1].equal(codes)
+
+
 def test_its_commands_are_known(tmp_path):
-    """Bash runs its lines with scripts and recipes in a folder where python is FAKE."""
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "bin").mkdir()
-    for name in ("python", "torchrun"):
-        (tmp_path / "bin" / name).write_text(FAKE)
-        (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "bin" / "sleep").symlink_to(shutil.which("false"))  # so watch.sh ends
     text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
     lines = re.findall(r"^(?:export |python \S+\.py|recipes/\S+\.sh|torchrun ).*", text, re.M)
     lines += re.findall(r"`((?:python \S+\.py|recipes/\S+\.sh \S)[^`]*)`", README)
-    path = f"{tmp_path}/bin:{os.environ['PATH']}"
-    said = subprocess.run(["bash", "-ec", "\n".join([*lines, RECIPES])], cwd=tmp_path, check=True,
-                          text=True, stdout=subprocess.PIPE,
-                          env=os.environ | {"PATH": path, "REFERENCE": "/dev/null"}).stdout
-    commands = re.findall(r"^RUN .*?(\S+\.py.*)", said, re.M)
+    ran = bash(tmp_path, *lines, RECIPES, REFERENCE="/dev/null")
+    assert ran.returncode == 0, ran.stderr
+    commands = re.findall(r"^RUN .*?(\S+\.py.*)", ran.stdout, re.M)
     assert len(commands) > 60
     parse = argparse.ArgumentParser.parse_args
 
@@ -101,3 +126,45 @@ def test_its_links_lead_somewhere():
     here = [link.partition("#")[0] for link in links if "://" not in link]
     assert len(here) > 5
     assert [link for link in here if not (ROOT / link).exists()] == []
+
+
+def test_a_dry_run_only_prints(tmp_path):
+    others = "recipes/evaluate.sh released\nrecipes/watch.sh runs/b_b"
+    ran = bash(tmp_path, "recipes/stage1.sh 2d", RECIPES, others, DRY="1")
+    assert ran.returncode == 0, ran.stderr
+    first, *more = ran.stdout.splitlines()
+    assert first.startswith("torchrun --standalone --nproc_per_node 8 /")
+    assert "/train_stage1.py --out runs/2d --data" in first
+    assert len(more) > 90 and "RUN" not in ran.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "recipes"}
+
+
+@pytest.mark.parametrize("saved, there", [(6, True), (4, False)])
+def test_tokens_are_made_when_stage_1_is_done(tmp_path, saved, there):
+    folder = tmp_path / "runs" / "prologue_b"
+    folder.mkdir(parents=True)
+    torch.save({"step": saved, "steps": 6}, folder / "train_stage1.pt")
+    ran = bash(tmp_path, "recipes/ar.sh b_b")
+    assert (ran.returncode == 0, "pretokenize.py" in ran.stdout) == (there, there)
+    assert there or f"stage 1 has saved step {saved}, which is not its last" in ran.stderr
+
+
+def test_scores_stand_below_those_of_the_paper(tmp_path):
+    pair = tmp_path / "pair"
+    for mode, fid in (("cfg", 4.5), ("no_cfg", 12.5)):
+        (pair / f"p256-{mode}_50000").mkdir(parents=True)
+        (pair / "ar.safetensors").touch()
+        score = json.dumps({"fid": fid, "precision": 0.8})
+        (pair / f"p256-{mode}_50000" / "score.json").write_text(score)
+    os.utime(pair / "ar.safetensors", (0, 0))
+    ran = bash(tmp_path, "recipes/evaluate.sh pair p256", REFERENCE="/dev/null")
+    assert [line.split() for line in ran.stdout.splitlines()[1:]] == [
+        ["p256", "12.10", "4.36"], ["measured", "12.5", "4.5", "-", "0.8", "-"]]
+
+
+def test_watch_tries_a_pair_again(tmp_path):
+    for name in ("tokenizer.safetensors", "ar.safetensors", "nap1", "nap2"):
+        (tmp_path / name).touch()
+    torch.save({"step": 6}, tmp_path / "train_ar.pt")
+    ran = bash(tmp_path, "recipes/watch.sh .", STATUS="1")
+    assert ran.stdout.count("RUN") == ran.stderr.count("step 6 could not be scored") == 2
