@@ -17,6 +17,7 @@ import json
 import re
 import shutil
 import signal
+import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -89,8 +90,10 @@ def is_due(every, step, args):
     return step == args.steps or (every > 0 and step % every == 0)
 
 
-def on_ctrl_c(*_):
-    raise SystemExit("stopped: --resume goes on from the step that was saved last")
+def on_ctrl_c(step):
+    """From now on Ctrl-C ends the trainer in a line, which names the step that is saved."""
+    line = f"stopped: --resume goes on from step {step}"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(line))
 
 
 def load_state(path, must_match, args):
@@ -127,6 +130,7 @@ def save_state(path, state, optimizers):
             check_finite(f"step {state['step']}, Adam", moments)
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
+    on_ctrl_c(state["step"])
 
 
 def split_batch(args, world_size, lowest=1):
@@ -280,7 +284,7 @@ def main():
     # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL
     torch.manual_seed(args.seed)
     same = ("size", "dropout", "weight_decay", "batch_size", "seed")
-    must_match = {name: getattr(args, name) for name in same} | {"codes": tokens.digest}
+    must_match = {name: getattr(args, name) for name in same} | {"tokens": tokens.digest}
     state = load_state(out / "train_ar.pt", must_match, args)
     ar = AR(ARConfig(**state["config"])) if state else build_model(args, tokens, rank)
     ar.to(device)
@@ -293,6 +297,7 @@ def main():
         optimizer.load_state_dict(state.pop("optimizer"))
         start_step = state["step"]
         lowest = state["lowest"]
+    on_ctrl_c(start_step)
     log = out / "train_ar.jsonl"
     if rank == 0:
         if not own.exists():
@@ -381,5 +386,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_ctrl_c)
     main()

@@ -45,7 +45,6 @@ import copy
 import functools
 import os
 import random
-import signal
 import time
 from collections import defaultdict
 from dataclasses import asdict, replace
@@ -371,7 +370,7 @@ def main():
             "gan_channels", "batch_size", "seed")
     must_match = {name: getattr(args, name, None) for name in same}
     # On another type of device Adam's moments would have another memory layout
-    must_match |= dict(images=images.digest(), device=device.type)
+    must_match |= {"images' names, sizes and labels": images.digest(), "device": device.type}
     state = load_state(out / "train_stage1.pt", must_match, args)
 
     # Models, equal on all ranks
@@ -409,6 +408,7 @@ def main():
         for part, saved in zip(stateful, state.pop("parts")):
             part.load_state_dict(saved)
         start_step = state["step"]
+    on_ctrl_c(start_step)
     log = out / "train_stage1.jsonl"
     if rank == 0:
         size = sum(p.numel() for p in tokenizer.parameters()) / 1e6
@@ -531,5 +531,4 @@ def main():
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_ctrl_c)
     main()

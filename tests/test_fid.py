@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -114,3 +115,12 @@ def test_reconstructions(sides):
     found = scores("train", "--tokenizer", "tokenizer.safetensors")
     assert found["rfid"] == pytest.approx(scores("y.npz", "train")["fid"], rel=1e-4)
     assert found["psnr"] == pytest.approx(psnr(y, sides[0]).mean().item(), rel=1e-5)
+
+
+def test_samples_in_the_order_of_classes_get_a_note(sides, capsys):
+    many = np.resize(sides[0].numpy(), (5001, 28, 28, 3))
+    for labels, noted in ((np.arange(5001) // 500, True), (np.arange(5001) % 10, False)):
+        np.savez("many.npz", arr_0=many, arr_1=labels)
+        with mock.patch.object(fid, "extract", side_effect=SystemExit), pytest.raises(SystemExit):
+            scores("many.npz", "val")
+        assert ("many.npz is sorted by class" in capsys.readouterr().err) == noted

@@ -1,16 +1,20 @@
 """What people's real files and machines do: odd pictures, folders, zips and names, bad input."""
 
+import functools
 import os
 import resource
+import shutil
+import sys
 import zipfile
+from unittest import mock
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from test_scripts import ROOT, STEPS, call, copies, pipeline, printed, refusal, trainer
 
-from pretokenize import Images, center_crop, open_image
+from pretokenize import Images, Tokens, center_crop, default_val, open_image
 from tokenizer import read_safetensors, save_checkpoint
 
 SHOE = (ROOT / "results" / "shoe.png").read_bytes()  # 28 x 28
@@ -49,6 +53,20 @@ def test_pixels_are_those_that_a_viewer_shows(tmp_path):
     text = PngInfo()
     text.add_text("comment", 2_000_000 * "x", zip=True)
     assert (pixels(Image.new("L", (2, 2), 7), "text.png", pnginfo=text) == 7).all()
+    # EXIF that cannot be parsed, or not rewritten after turning: width as text, a float as software
+    assert pixels(photo, "odd.jpg", exif=b"Exif\0\0MM\0*").shape == (2, 4, 3)
+    turn = b"Exif\0\0MM\0*\0\0\0\x08\0\2\1\x12\0\3\0\0\0\1\0\6\0\0"
+    for entry in (b"\1\0\0\2\0\0\0\4abc\0", b"\1\x31\0\x0b\0\0\0\1\x7f\xc0\0\0"):
+        assert pixels(photo, "odd.jpg", exif=turn + entry + bytes(4)).shape == (4, 2, 3)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        photo.save(tmp_path / "viewed.png", exif=exif)
+        viewed = ImageOps.exif_transpose(Image.open(tmp_path / "viewed.png"))
+        assert np.array_equal(open_image(tmp_path / "viewed.png"), viewed)
+    (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(SystemExit, match="script.png cannot be read as an image"):
+        open_image(tmp_path / "script.png")  # and Ghostscript is not asked
     for mode in ("F", "I"):
         with pytest.raises(SystemExit, match=f"{mode}.tiff holds floats or 32-bit integers"):
             pixels(Image.new(mode, (2, 2)), f"{mode}.tiff")
@@ -79,6 +97,29 @@ def test_what_counts_as_an_image_and_as_a_class(tmp_path, end):
     assert len(Images(data / "train" / "n1").classes) == len(Images(data / "test").classes) == 1
 
 
+def test_photos_that_are_left_out_are_counted(tmp_path):
+    mine = files(tmp_path / "mine", "cat/1.png", "cat/2.xyz", "cat/3.xyz", "dog/4.xyz", "LICENSE")
+    said = str(Images(mine))
+    assert said.endswith("1 images of 1 classes, left out: 3 .xyz, left out: 1 others, and so all "
+                         "of dog")
+    files(tmp_path / "mine.zip", "cat/1.png", "cat/2.xyz")
+    assert str(Images(tmp_path / "mine.zip")).endswith("1 classes, left out: 1 .xyz")
+
+
+@pytest.mark.parametrize("train, val", [("train", "test"), ("Train", "Val"), ("train", "valid"),
+                                        ("training", "validation"), ("a", "b")])
+def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path, train, val):
+    mine = files(tmp_path / "mine", *(f"{side}/{name}/1.png" for side in (train, val)
+                                      for name in ("cat", "dog")))
+    with pytest.raises(SystemExit, match="and not classes: add one of them"):
+        Images(mine)
+    assert Images(mine / train).classes == ["cat", "dog"]
+    known = {"valid": "valid", "validation": None}.get(val)  # beside `train` alone
+    assert default_val(mine / train) == (known and str(mine / known))
+    tiny = files(tmp_path / "tiny", *(f"{name}/images/1.png" for name in "abc"))
+    assert Images(tiny).classes == ["a", "b", "c"]  # as Tiny ImageNet is laid out
+
+
 def test_odd_entries_of_zips_and_folders(tmp_path):
     names = ["mine\\train\\cat\\1.png", "/mine/train/dog/1.png", "./mine/train/emu/1.png"]
     images = Images(files(tmp_path / "windows.zip", *names) / "mine" / "train")
@@ -86,7 +127,17 @@ def test_odd_entries_of_zips_and_folders(tmp_path):
     assert [images.open(i).size for i in range(3)] == 3 * [(28, 28)]
     mine = files(tmp_path / "mine", "cat/1.png", "dog/1.png")
     (mine / "cat" / "loop").symlink_to(mine)
-    assert Images(mine).names == ["cat/1.png", "dog/1.png"]
+    (mine / "emu").symlink_to(mine / "dog")  # two names of one folder are two classes
+    assert Images(mine).names == ["cat/1.png", "dog/1.png", "emu/1.png"]
+    (mine / "nothing.png").symlink_to(tmp_path / "nothing")
+    (mine / "nothing.png").rename(mine / "cat" / "nothing.png")
+    with pytest.raises(SystemExit, match="nothing.png cannot be read"):
+        Images(mine).digest()
+    (mine / "cat" / "nothing.png").unlink()
+    (mine / "dog" / "itself").symlink_to("itself")  # is no file and no folder, says the system
+    with pytest.raises(SystemExit, match="dog cannot be read: .*symbolic links"):
+        Images(mine)
+    (mine / "dog" / "itself").unlink()
     os.mkfifo(mine / "cat" / "pipe.png")
     ((code, text),) = copies(1, *trainer("train_stage1", tmp_path), "--data", mine)
     assert code == 1 and "pipe.png is no regular file" in text  # and not the alarm
@@ -105,12 +156,55 @@ def test_classes_in_any_script_on_any_terminal(tmp_path):
     assert r"a row each of 0 caf\xe9, 2 \u732b" in said
 
 
-def test_images_replaced_under_their_names_are_noticed(tmp_path):
+def test_images_replaced_under_their_names_are_noticed_and_copies_are_not(tmp_path):
     mine = files(tmp_path / "mine", "cat/1.png", "cat/2.png")
     words = [*trainer("train_stage1", tmp_path / "out"), "--data", mine]
     call(*words, "--steps", 1)
+    os.utime(mine / "cat" / "1.png", (0, 0))  # as a plain copy changes it
+    call(*words, "--steps", 2, "--resume")
     Image.new("L", (28, 28)).save(mine / "cat" / "1.png")
-    assert "was made with images" in refusal(*words, "--resume")
+    said = refusal(*words, "--resume")
+    assert "was made with images' names, sizes and labels" in said and "use --init" in said
+    table = files(tmp_path / "kaggle", "LOC_val_solution.csv", "val/a.JPEG", "val/b.JPEG")
+    digest = Images(table / "val").digest()
+    (table / "LOC_val_solution.csv").write_text(TABLE.replace("b,n1", "b,n2"))
+    assert Images(table / "val").digest() != digest
+
+
+def test_tokens_of_two_runs_are_told_apart(tmp_path):
+    """Data A; then data B, stopped after its held-out tokens."""
+    shutil.copytree(pipeline(), tmp_path, dirs_exist_ok=True)
+    names = [f"{side}/{name}/{i}.png" for side in ("train", "val") for name in "abc" for i in "12"]
+    words = ["pretokenize", "--data", files(tmp_path / "b", *names) / "train", "--out", tmp_path]
+    with mock.patch("pretokenize.image_crops", side_effect=functools.partial(stop_at_train, [])):
+        assert refusal(*words) == "power cut"
+    train = ["train_ar", "--out", tmp_path, *STEPS, "--overwrite"]
+    assert "codes.safetensors are of two runs of pretokenize.py" in refusal(*train)
+    call(*words)
+    assert "is up to date" in printed(*words)
+    assert not list(tmp_path.glob("*.parts"))
+    call(*train)
+    tensors, about = read_safetensors(tmp_path / "codes.safetensors", "codes")
+    for name, last in (("codes", (0, 0, 7)), ("labels", 5)):
+        spoiled = {key: tensor.clone() for key, tensor in tensors.items()}
+        spoiled[name][last] = 64 if name == "codes" else 3
+        save_checkpoint(tmp_path / "codes.safetensors", "codes", spoiled, about)
+        with pytest.raises(SystemExit, match="codes beyond their codebook, or labels beyond"):
+            Tokens(tmp_path / "codes.safetensors")
+
+
+def stop_at_train(calls, images, index, size, crop, flip):
+    calls.append(index)
+    return np.zeros((1, 28, 28, 3), np.uint8) if len(calls) <= 6 else sys.exit("power cut")
+
+
+def test_what_a_killed_run_leaves_goes_away(tmp_path):
+    leftover = tmp_path / "train_stage1.pt.123.tmp"
+    other = tmp_path / "train_ar.pt.123.tmp"
+    for path in (leftover, other):
+        path.touch()
+    call(*trainer("train_stage1", tmp_path), "--steps", 1)
+    assert [path.exists() for path in (leftover, other)] == [False, False]
 
 
 def test_what_other_machines_leave(tmp_path, monkeypatch):
@@ -136,6 +230,10 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
     splits = ["mine/train/cat/1.png", "mine/val/cat/1.png"]
     (files(made / "broken", "cat/half.png") / "cat" / "half.png").write_bytes(SHOE[:500])
     np.savez(made / "large.npz", np.zeros((4, 32, 32, 3), np.uint8))
+    np.savez(made / "few.npz", np.zeros((3, 28, 28, 3), np.uint8))
+    np.savez(made / "statistics.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(made / "scalar.npz", mu=0.0, sigma=0.0)
+    (made / "cut.npz").write_bytes((made / "large.npz").read_bytes()[:100])
     other = ["--tokenizer", ROOT / "checkpoints" / "fashion_mnist" / "tokenizer.safetensors"]
     for folder, ar in (("mixed", (pair / "ar.safetensors").read_bytes()), ("cut", SHOE[:500])):
         (made / folder).mkdir()
@@ -148,6 +246,10 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
     stage1 = ["train_stage1", *STEPS, *out, "--data"]
     for sentence, *words in [
         ("nowhere is no folder, no zip file", *stage1, "nowhere"),
+        ("cannot be written to", *stage1, cow, "--out", state),
+        ("cannot be written to", *draw, "--out", state / "below"),
+        ("1 or more prologue tokens", *stage1, cow, "--num_prologue", 0, "--onestage"),
+        ("is of a run in this folder: go on", *stage1, cow, "--out", pair),
         ("notes.zip holds no images", *stage1, files(made / "notes.zip", "notes.csv")),
         ("a dataset of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
         ("1.png beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
@@ -165,6 +267,12 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("which train_stage1.py makes", "sample", "--out", tmp_path / "mnie"),
         ("--classes 7: a number from 0 to 1", *draw, "--classes", 7),
         ("nothing.npz does not exist", "fid", "nothing.npz"),
+        ("few.npz holds 3 images", "fid", made / "few.npz"),
+        ("cut.npz is not a whole .npz file", "fid", pair / "samples.npz", made / "cut.npz"),
+        ("mu and sigma are not of the 128 features", "fid", pair / "samples.npz",
+         made / "statistics.npz"),
+        ("mu and sigma are not of the 128 features", "fid", pair / "samples.npz",
+         made / "scalar.npz"),
         ("Inception cannot be loaded", "fid", pair / "samples.npz", "--inception", state),
         ("images to compare with are needed", "fid", made / "large.npz"),
         ("large.npz is 32 x 32 and not 28 x 28", "fid", pair / "samples.npz", made / "large.npz"),
@@ -173,3 +281,23 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         assert sentence in said and "\n" not in said
         left = {path.name for path in tmp_path.rglob("*") if made not in path.parents}
         assert left <= {"made", "out", "train_stage1.jsonl"}
+
+
+@pytest.mark.parametrize("words", [
+    "train_ar --steps 0", "train_ar --lr nan", "train_ar --warmup -1", "train_ar --seed -1",
+    "train_stage1 --patch_size 0", "train_ar --micro_batch_size 0", "pretokenize --batch_size 0",
+    "sample --temperature nan", "sample --top_p -0.1", "sample --columns 0", "fid --batch_size 0",
+    "variations 1.png --keep -0.5"])
+def test_numbers_that_make_no_sense(words, capsys):
+    name, *args = words.split()
+    assert refusal(name, *args) == "2"
+    *_, flag, value = args
+    assert f"{flag} {value} should be" in capsys.readouterr().err.replace("-1.0", "-1")
+
+
+def test_0_means_at_the_end_only(tmp_path):
+    none = ["--log_every", 0, "--eval_every", 0, "--save_every", 0, "--eval_images", 0]
+    call(*trainer("train_stage1", tmp_path), *none, "--steps", 2)
+    _, line = (tmp_path / "train_stage1.jsonl").read_text().splitlines()
+    assert '"step": 2' in line
+    assert (tmp_path / "tokenizer.safetensors").exists()

@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from PIL import Image
 
 sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
 
+import train_stage1
 from ar import AR, ARConfig, padded_linear, sample_codes
 from pretokenize import (center_crop, image_crops, load_batches, psnr, to_float, to_uint8,
                          visited_images)
 from sample import PRESETS, pack_for_cpu, preset_settings
 from test_all import CONFIG, LABELS, gradients, models
 from tokenizer import Tokenizer, nearest_code, prob_ste, unit_norm, atomic_write
-from train_ar import learning_rate
+from train_ar import build_model, learning_rate, save_state
 from train_stage1 import Discriminator, Perceptual, Stage1, discriminator_loss, update_ema
 
 
@@ -110,7 +112,8 @@ def test_sampling_draws_from_the_filtered_distribution():
     u = (torch.arange(10000) + 0.5) / 10000
     for expected, filters in (((2 * logits).softmax(0), dict(temperature=0.5)),
                               (p * torch.tensor([0, 1, 1, 0]), dict(top_k=2)),
-                              (p * torch.tensor([1, 1, 1, 0]), dict(top_p=0.9))):
+                              (p * torch.tensor([1, 1, 1, 0]), dict(top_p=0.9)),
+                              (p * torch.tensor([0, 1, 0, 0]), dict(top_p=0))):
         codes = sample_codes(logits.expand(10000, 4), u, **filters)
         shares = torch.bincount(codes, minlength=4) / 10000
         torch.testing.assert_close(shares, expected / expected.sum(), atol=2e-4, rtol=0)
@@ -172,9 +175,9 @@ def test_crops_are_those_of_adm_and_ten_of_its_centre_square():
     halved = image.resize((50, 35), Image.Resampling.BOX)
     shrunk = np.asarray(halved.resize((46, 32), Image.Resampling.BICUBIC))
     assert np.array_equal(center_crop(image, 32), shrunk[:, 7:39])
-    # Of 375 x 281 pixels none is lost, and the middle square begins at column 47. The crop in its
-    # middle begins at round(12.5) = 12, mirrored or not.
-    pixels = rng.integers(0, 255, (281, 375, 3), np.uint8)
+    # Of 376 x 281 pixels none is lost, and the middle square begins at column 47, also where the
+    # margin is odd. The crop in its middle begins at round(12.5) = 12, mirrored or not.
+    pixels = rng.integers(0, 255, (281, 376, 3), np.uint8)
     images = SimpleNamespace(open=lambda index: Image.fromarray(pixels))
     square = pixels[:, 47:328]
     places = ((0, 0), (0, 25), (25, 0), (25, 25), (12, 12))
@@ -194,6 +197,8 @@ def test_visits_and_batches():
 
 
 def test_learning_rate_and_ema():
+    with mock.patch("sys.argv", ["train_stage1.py", "--steps", "500"]):
+        assert train_stage1.parse_args().hold == 250  # so that the rate falls in any run
     args = SimpleNamespace(lr=1.0, min_lr=0.2, warmup=10, hold=20, steps=70)
     rates = [learning_rate(step, args) for step in (1, 10, 30, 50, 70)]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.6, 0.2])
@@ -214,6 +219,28 @@ def test_checkpoints_are_finite(tmp_path):
     path.write_bytes(good[:-2] + b"\xff\xff")  # the last number becomes NaN
     with pytest.raises(SystemExit, match="is not finite"):
         Tokenizer.load(path)
+
+
+def test_moments_that_are_not_finite_are_never_saved(tmp_path):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.tensor([1.0, 1e30])  # whose square is infinite
+    optimizer.step()
+    with pytest.raises(SystemExit, match="step 7, Adam: exp_avg_sq is not finite"):
+        save_state(tmp_path / "state.pt", {"step": 7}, [optimizer])
+    assert not list(tmp_path.iterdir())
+
+
+def test_init_keeps_the_embeddings_of_imagenet(tmp_path, capsys):
+    """Of a released model with names, where the folders have n-numbers."""
+    config = ARConfig.for_tokenizer(CONFIG, layers=1, dim=32, head_dim=32, num_classes=1000,
+                                    classes=[f"name {i}" for i in range(1000)])
+    AR(config).save(tmp_path / "ar.safetensors")
+    numbers = [f"n{i:08}" for i in range(1000)]
+    args = SimpleNamespace(size="nano", dropout=0, init=tmp_path / "ar.safetensors")
+    for classes, kept in ((numbers, 1000), (numbers[1:], 0), (["name 3", "cat"], 1)):
+        build_model(args, SimpleNamespace(config=CONFIG, classes=classes), rank=0)
+        assert f"{kept} of {len(classes)} classes keep" in capsys.readouterr().out
 
 
 def test_two_processes_do_not_share_the_temporary_name_of_a_file(tmp_path, monkeypatch):

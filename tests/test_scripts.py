@@ -72,7 +72,7 @@ def refusal(name, *args):
 
 
 def copies(count, *words, before=lambda rank: None):
-    """Runs a script in copies of this process, as ranks in the environment that torchrun sets.
+    """Runs a script in copies of this process, as ranks in the environment that launchers set.
     Each calls `before` first. Returns their exit codes, below 0 a signal, and what they print."""
     printed = [Path(TEMPORARY.name) / f"printed_by_{rank}" for rank in range(count)]
     with socket.socket() as free:
@@ -82,7 +82,7 @@ def copies(count, *words, before=lambda rank: None):
     def run(rank):
         signal.alarm(90)  # should it hang
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="1")
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         sys.stdout = sys.stderr = open(printed[rank], "w", buffering=1)
         before(rank)
         call(*words)
