@@ -262,9 +262,9 @@ def open_image(file, archive=None):
             if image.mode in ("F", "I"):
                 raise SystemExit(f"{place} holds floats or 32-bit integers, whose range is unknown:"
                                  " save it with 8 or 16 bits")
+            image = upright(image)
             if image.mode.startswith("I;16"):  # PIL would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = upright(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

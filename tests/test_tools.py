@@ -1,6 +1,7 @@
 """Each tool once, on the pair of two classes that test_scripts.py trains."""
 
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_scripts import call, folder, pipeline, printed
+from test_scripts import call, folder, pipeline, printed, refusal
 
 import claims
+from attention import known_labels
+from curves import read_log
 from demo import Buttons
 from pretokenize import Images
 from sample import load_pair
@@ -28,11 +31,41 @@ def test_sweep_scores_the_images_that_sample_py_draws(tmp_path):
     assert gfid == {(2, 0): pytest.approx(drawn["fid"], rel=1e-4), (1, 0): mock.ANY}
 
 
+def test_sweep_refuses_values_that_are_none():
+    for axis in ("temperature=nan", "top_p=-1", "cfg_visual=abc", "cfg_visual=inf", "top_k=1.5",
+                 "cfg_schedule=sine", "noise=1"):
+        assert refusal("sweep", "temperature=1", axis).startswith(f"{axis}: ")
+
+
+def test_curves_are_of_the_last_run_and_of_what_a_resumed_one_said_last(tmp_path):
+    lines = [{"step": 1, "lr": 9}, {"settings": {"lr": 1}}, {"step": 1, "nats": 9},
+             {"step": 2, "nats": 8}, {"step": 2, "val_nats": 7}, {"step": 2, "nats": 6}]
+    path = tmp_path / "train_ar.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 3, "na')
+    curves = read_log(path)
+    assert curves == {"step": {1: 1, 2: 2}, "nats": {1: 9, 2: 6}, "val_nats": {2: 7}}
+
+
+def test_attention_knows_classes_by_their_names():
+    images = Images(folder() / "val")  # 8 of bag, then 8 of dog
+
+    def labels(*classes):
+        config = SimpleNamespace(classes=list(classes))
+        return known_labels(images, SimpleNamespace(config=config)).tolist()
+
+    assert labels("dog", "cat", "bag") == [2] * 8 + [0] * 8
+    with pytest.raises(SystemExit, match="not trained on the class dog, but on bag, cat$"):
+        labels("bag", "cat")
+    numbers = SimpleNamespace(classes=[f"n{1440764 + i:08}" for i in range(1000)],
+                              labels=torch.tensor([3]))  # as ImageNet's folders
+    names = SimpleNamespace(config=SimpleNamespace(classes=list(map(str, range(1000)))))
+    assert known_labels(numbers, names).tolist() == [3]
+
+
 def test_curves_and_attention_leave_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    call("curves", pipeline(), "--keys", "nats", "accuracy_visual", "--path", tmp_path / "c.png")
-    call("attention", "--pair", pipeline(), "--data", folder() / "val", "--images", 4, "--out",
-         tmp_path)
+    call("curves", pipeline(), "--path", tmp_path / "c.png")
+    call("attention", "--pair", pipeline(), "--images", 4, "--out", tmp_path)
     for name in ("c.png", "ar_attention.png", "prologue_attention.png"):
         assert np.asarray(Image.open(tmp_path / name)).std() > 1
 
@@ -46,24 +79,57 @@ def test_probe():
 
 def test_nearest_finds_what_was_copied(tmp_path):
     images = Images(folder() / "train")
-    np.savez(tmp_path / "samples.npz", [np.asarray(images.open(i)) for i in (3, 40, 40)])
+    np.savez(tmp_path / "samples.npz", [np.asarray(images.open(i)) for i in (3, 5, 40, 40)])
     said = printed("nearest", tmp_path / "samples.npz", "--data", folder() / "train")
-    assert "3 samples, 1 of them exact copies" in said
-    assert "of 3 samples 0.00\n" in said
+    assert "4 samples, 1 of them exact copies" in said
+    assert "of 4 samples 0.00\n" in said
+    assert "--val_data is needed" in refusal("nearest", tmp_path / "samples.npz", "--data",
+                                             folder() / "val")
+    assert "none.npz does not exist" in refusal("nearest", tmp_path / "none.npz")
+
+
+def test_released_names_the_file_that_it_lacks(monkeypatch, tmp_path):
+    words = ["released", "2d", "--out", tmp_path]
+    file = "2d-tokenizer/model_2.safetensors"
+    assert refusal(*words, "--from", "ckpts").startswith(f"ckpts/{file} cannot be read (")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
+    said = refusal(*words)
+    assert said.startswith(f"{file} cannot be read (import of huggingface_hub halted")
+    assert f"from huggingface.co/Zyriix/prologue to DIR/{file} for --from DIR" in said
 
 
 @torch.no_grad()
-def test_buttons_of_the_demo():
+def test_buttons_of_the_demo(monkeypatch):
     buttons = Buttons(*load_pair(pipeline(), "cpu"), columns=3)
-    chosen = [2.0, 1.0, 0.25, 1.0, 1.0]
-    pictures, prologue, *_ = buttons.resample("dog", 0, *chosen)
-    _, _, kept, *_ = buttons.keep_prologue("dog", 0, 2, prologue, *chosen)
+    chosen = (2.0, 1.0, 0.25, 1.0, 1.0)
+    seed, pictures, _, _, prologue, asked = buttons.resample("dog", 4, None, *chosen)
+    assert seed == 4
+    seed, others, *_ = buttons.resample("dog", 4, asked, *chosen)  # once more
+    assert seed == 5
+    assert not np.array_equal(others[0][0], pictures[0][0])
+    seed, *_, kept, _ = buttons.keep_prologue("dog", 4, 2, prologue, *chosen)
+    assert seed == 5
     assert torch.equal(kept, prologue[[1, 1, 1]])
-    after, changed, *_ = buttons.change_token("dog", 0, 3, 1, 63, prologue, *chosen)
+    _, after, *_, changed, _ = buttons.change_token("dog", 4, 3, 1, 63, prologue, *chosen)
     assert (changed != prologue).nonzero().tolist() == [[2, 0]]
     assert np.array_equal(after[0][0], pictures[0][0])  # the noise is the same
-    _, _, kept, *_ = buttons.vary("dog", 0, Images(folder() / "val").open(0), 0.5, *chosen)
+    *_, kept, _ = buttons.vary("dog", 4, Images(folder() / "val").open(0), 0.5, *chosen)
     assert len(kept.unique(dim=0)) == 1
+    _, unconditional, *_ = buttons.resample("no class", 4, None, *chosen)
+    _, unguided, *_ = buttons.resample("no class", 4, None, 1.0, *chosen[1:])
+    assert np.array_equal(unconditional[0][0], unguided[0][0])  # nothing to guide towards
+    gradio = mock.MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", gradio)
+    for seed in (None, -1):
+        assert buttons.keep_prologue("dog", seed, 2, prologue, *chosen) == [gradio.skip()] * 6
+    assert gradio.Warning.call_count == 2
+
+
+def test_variations_of_a_picture(tmp_path):
+    file = folder() / "val" / "bag" / "0.png"
+    call("variations", file, "--pair", pipeline(), "--keep", 0.5, "--columns", 2, "--out", tmp_path)
+    sheet = np.asarray(Image.open(tmp_path / "variations.png"))
+    assert np.array_equal(sheet[2:58:2, 2:58:2], Image.open(file))
 
 
 def test_bench_times_a_step():

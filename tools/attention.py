@@ -9,9 +9,8 @@ the class position and the diagonal left out; rows are queries. Local structure 
 beside the diagonal, the prologue as stripes on the left.
 
 prologue_attention.png (figures 7, A4): drawn images, and for each prologue token how much the model
-looks at it while it predicts each patch, averaged over heads and the last eight layers. Each map
-has its own scale. The first patches have few other tokens to look at, so the top of a map tends to
-be bright.
+looks at it while it predicts each patch, averaged over heads and the last eight layers. The first
+patches have few other tokens to look at, so the top of a map tends to be bright.
 
 Needs matplotlib. Letters in shapes: B images, N visual and K prologue tokens, L = K+1+N tokens.
 """
@@ -22,15 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import fid
 import tokenizer as tokenizer_file
-from pretokenize import BUNDLED, Images, center_crop, to_float, to_uint8
-from sample import (class_numbers, default_preset, draw, load_pair, pair_folder,
-                    preset_settings)
-from tokenizer import writing
+from pretokenize import Images, center_crop, to_float, to_uint8
+from sample import class_numbers, default_preset, draw, load_pair, pair_folder, preset_settings
+from tokenizer import atomic_write, check_flags
 
 
 def attention_weights(ar, codes, labels):
@@ -50,23 +48,35 @@ def attention_weights(ar, codes, labels):
     return torch.stack(layers)
 
 
-def draw_layers(weights, num_prologue):
-    """weights (layers, L, L) -> a figure with a square for each layer."""
+def known_labels(images, ar):
+    """The labels (n,) of all images by which the AR model knows their classes' names."""
+    names = ar.config.classes
+    if len(names) == len(images.classes) == 1000 and images.classes[0] == "n01440764":
+        names = images.classes  # ImageNet's, in the order of its labels
+    unknown = sorted(set(images.classes) - set(names))
+    if unknown:
+        raise SystemExit(f"--data {images.path}: the AR model was not trained on the class "
+                         f"{unknown[0]}, but on {', '.join(names[:20])}")
+    return torch.tensor([names.index(name) for name in images.classes])[images.labels]
+
+
+def draw_layers(figure, weights, num_prologue):
+    """weights (layers, L, L) -> a square for each layer."""
     weights[:, :, 0] = 0
     weights.diagonal(dim1=1, dim2=2).zero_()
     # Of what visual queries give to others, the share that the prologue gets
     visual = weights[:, num_prologue + 1 :]  # (layers, N, L)
     to_prologue = visual[:, :, 1 : num_prologue + 1].sum(-1) / visual.sum(-1)
-    figure = Figure(figsize=(4 * len(weights), 4.4), layout="tight")
+    figure.set_size_inches(5 * len(weights), 4.4)
     axes = figure.subplots(1, len(weights), squeeze=False)[0]
     for i, axis in enumerate(axes):
-        axis.imshow(weights[i].sqrt().numpy(), cmap="magma")
+        square = axis.imshow(weights[i].sqrt().numpy(), cmap="magma")
+        figure.colorbar(square, ax=axis, label="square root of the attention")
         title = f"layer {i}"  # counted from 0, as in the paper
         if num_prologue > 0:
             axis.axvline(num_prologue + 0.5, color="gray", linestyle="--", linewidth=0.8)
             title += f", {to_prologue[i].mean():.0%} to the prologue"
-        axis.set(title=title, xticks=[], yticks=[])
-    return figure
+        axis.set(title=title, xlabel="position looked at", ylabel="position that looks")
 
 
 def prologue_maps(weights, num_prologue):
@@ -78,68 +88,77 @@ def prologue_maps(weights, num_prologue):
     return weights[:, num_prologue + 1 :, 1 : num_prologue + 1].transpose(1, 2)
 
 
-def draw_maps(images, maps):
-    """A figure with a row for each image, uint8 (B, H, W, 3): itself, then its maps (B, K, N)."""
+def draw_maps(figure, images, names, maps):
+    """A row for each image, uint8 (B, H, W, 3): itself and its class, then its maps (B, K, N)."""
     rows = len(images)
     columns = maps.shape[1] + 1
     grid = round(maps.shape[2] ** 0.5)
     height, width = images.shape[1:3]
-    figure = Figure(figsize=(1.1 * columns, 1.1 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False)
+    figure.set_size_inches(1.1 * columns, 1.1 * rows + 0.8)
+    axes = figure.subplots(rows, columns, squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
     for i in range(rows):
         axes[i, 0].imshow(images[i])
+        axes[i, 0].set_ylabel(names[i], fontsize="x-small")
         for j in range(1, columns):
+            axes[0, j].set_title(f"prologue {j}", fontsize="x-small")
             axes[i, j].imshow(images[i].float().mean(-1), cmap="gray")
-            axes[i, j].imshow(maps[i, j - 1].view(grid, grid), cmap="jet", alpha=0.6,
-                              interpolation="bilinear", extent=(0, width, height, 0))
-    for axis in axes.flat:
-        axis.axis("off")
-    figure.tight_layout(pad=0.2)
-    return figure
+            last = axes[i, j].imshow(maps[i, j - 1].view(grid, grid), cmap="jet", alpha=0.6,
+                                     interpolation="bilinear", extent=(0, width, height, 0))
+    figure.colorbar(last, ax=axes, ticks=[], location="bottom", fraction=0.2 / rows,
+                    label="attention, from a map's least to its most")
 
 
 def save_figure(path, figure):
-    with writing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=80, format="png")
     print(path)
 
 
 @torch.no_grad()
 def main():
+    from matplotlib.figure import Figure
+
     parser = argparse.ArgumentParser(description="Where the AR model looks.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--pair", help="folder of tokenizer and AR model; else out, or the shipped pair")
     flag("--out", default="out", help="folder for the pictures")
-    flag("--data", default=str(BUNDLED / "val"), help="images in class folders")
+    flag("--data", help="images in class folders; else those that codes.safetensors of the pair "
+         "names, or the bundled held-out ones")
     flag("--images", type=int, default=64, help="of --data that ar_attention.png averages over")
     flag("--classes", nargs="+", metavar="CLASS",
          help="names or numbers of the drawn images' classes; else ten of all")
     args = parser.parse_args()
+    check_flags(parser, args, "images")
     out = Path(args.out)
-    tokenizer, ar = load_pair(pair_folder(args.pair), "cpu")
-    num_prologue = ar.cfg.num_prologue
+    pair = pair_folder(args.pair)
+    tokenizer, ar = load_pair(pair, "cpu")
+    num_prologue = ar.config.num_prologue
 
     # Layers, on images that are spread over all classes
-    images = Images(args.data)
-    if len(images.classes) != ar.cfg.num_classes:
-        raise SystemExit(f"{args.data} has {len(images.classes)} classes, and the AR model was "
-                         f"trained on {ar.cfg.num_classes}")
+    shape = (tokenizer.config.image_size, tokenizer.config.image_size)
+    images = Images(args.data or fid.default_images(pair / "codes.safetensors", shape, "val"))
+    labels = known_labels(images, ar)
     indices = [i * len(images) // args.images for i in range(args.images)]
-    crops = [center_crop(images.open(i), tokenizer.cfg.image_size) for i in indices]
+    crops = [center_crop(images.open(i), tokenizer.config.image_size) for i in indices]
     x = to_float(torch.from_numpy(np.stack(crops)))  # (B, 3, H, W)
-    weights = attention_weights(ar, tokenizer.encode(x), images.labels[indices])
-    save_figure(out / "ar_attention.png", draw_layers(weights.mean(1), num_prologue))
+    weights = attention_weights(ar, tokenizer.encode(x), labels[indices])
+    figure = Figure(layout="compressed")
+    draw_layers(figure, weights.mean(1), num_prologue)
+    save_figure(out / "ar_attention.png", figure)
     if num_prologue == 0:
         return
 
     # Prologue tokens, on images that it draws as sample.py would
-    labels = torch.tensor(class_numbers(args.classes, ar))
+    chosen = class_numbers(args.classes, ar)
+    names = [ar.config.classes[i] if ar.config.classes else str(i) for i in chosen]
+    labels = torch.tensor(chosen)
     settings = preset_settings(default_preset(ar))
     codes = draw(ar, labels, range(len(labels)), 0, len(labels), settings)  # (B, K+N)
     maps = prologue_maps(attention_weights(ar, codes, labels), num_prologue)
-    save_figure(out / "prologue_attention.png",
-                draw_maps(to_uint8(tokenizer.decode(codes)), maps))
+    figure = Figure(layout="compressed")
+    draw_maps(figure, to_uint8(tokenizer.decode(codes)), names, maps)
+    save_figure(out / "prologue_attention.png", figure)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,7 @@ from tokenizer import SIZES, Tokenizer, TokenizerConfig, attention, save_checkpo
 
 def measure_steps(args):
     """An iterator for a loop of steps: one that compiles, an eager one that counts FLOPs, one more,
-    then those that are timed, and with --profile another. Leaves seconds and flops in args.
-    """
+    then those that are timed, and with --profile another. Leaves seconds and flops in args."""
     yield
     torch.compiler.set_stance("force_eager")
     with FlopCounterMode(display=False) as counter:
@@ -101,12 +100,13 @@ def bench_stage1(args, folder):
 
 
 def bench_ar(args, folder):
-    cfg = TokenizerConfig(**SIZES.get(args.size, SIZES["B"]))
-    tokenizer = Tokenizer(cfg)
+    config = TokenizerConfig(**SIZES.get(args.size, SIZES["B"]))
+    tokenizer = Tokenizer(config)
     tokenizer.save(folder / "tokenizer.safetensors")
-    codes = torch.randint(cfg.prologue_codebook_size, (256, 1, cfg.num_prologue + cfg.num_visual))
+    length = config.num_prologue + config.num_visual
+    codes = torch.randint(config.prologue_codebook_size, (256, 1, length))
     tensors = dict(codes=codes.to(torch.uint16), labels=torch.randint(1000, (256,)))
-    about = dict(tokenizer=vars(cfg), digest="", classes=[str(i) for i in range(1000)])
+    about = dict(tokenizer=vars(config), digest="", classes=[str(i) for i in range(1000)])
     save_checkpoint(folder / "codes.safetensors", "codes", tensors, about)
     run_trainer(train_ar, args, "--out", folder)
 
@@ -131,21 +131,21 @@ class GrowingCache:
 def generate_plainly(ar, labels, scale=3.75):
     """A step also for EOS, always both halves, and in each the logits of the whole vocabulary."""
     caches = [GrowingCache() for _ in ar.transformer.blocks]
-    x = ar.bos(torch.cat([labels, torch.full_like(labels, ar.cfg.num_classes)]))[:, None]
+    x = ar.first_input(torch.cat([labels, torch.full_like(labels, ar.no_class)]))  # (2B, 1, D)
     for i in range(ar.length):
         h = ar.step(x, caches, i)  # (2B, D)
         with torch.autocast(h.device.type, enabled=False):
             logits = ar.head(h)  # (2B, vocabulary)
         conditional, unconditional = logits.chunk(2)
         guided = scale * conditional + (1 - scale) * unconditional
-        p = guided[:, : ar.cfg.codebook_size].softmax(-1)
-        x = ar.embedding(torch.multinomial(p, 1)).repeat(2, 1, 1)  # (2B, 1, D)
+        p = guided[:, : ar.config.codebook_size].softmax(-1)
+        x = ar.token_embedding(torch.multinomial(p, 1)).repeat(2, 1, 1)  # (2B, 1, D)
 
 
 @torch.no_grad()
 def bench_sampling(args, folder):
-    cfg = TokenizerConfig(**SIZES.get(args.size, SIZES["B"]))
-    ar = AR(ARConfig.for_tokenizer(cfg, **AR_SIZES[args.size])).eval().to(args.device)
+    config = TokenizerConfig(**SIZES.get(args.size, SIZES["B"]))
+    ar = AR(ARConfig.for_tokenizer(config, **AR_SIZES[args.size])).eval().to(args.device)
     labels = torch.arange(args.images, device=args.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # as in sample.py, and so is the cast
     for module in ar.transformer.modules():
@@ -165,7 +165,7 @@ def bench_sampling(args, folder):
     weights = list(ar.transformer.parameters())
     read = ar.length * sum(weight.nbytes for weight in weights) / args.seconds
     print(f"  {args.seconds / ar.length * 1e3:.2f} ms a token, {read / 1e9:.0f} GB/s of weights")
-    used = sum(weight.numel() for weight in weights) + cfg.codebook_size * ar.cfg.dim
+    used = sum(weight.numel() for weight in weights) + config.codebook_size * ar.config.dim
     args.flops = 4 * args.images * ar.length * used  # both halves; packed weights are not counted
 
 
@@ -189,7 +189,8 @@ def parse_args():
     flag("--size", default="B", choices=AR_SIZES, help="of the tokenizer and of the AR model")
     flag("--batch_size", type=int, nargs="+", help="by default 32 for stage1, else 64")
     flag("--repeat", type=int, default=5, help="steps, or draws, that are timed")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+         choices=["cuda", "mps", "cpu"])
     flag("--dtype", choices=["fp32", "bf16"], help="by default bf16 on CUDA")
     flag("--compile", action="store_true")
     flag("--profile", action="store_true", help="print the kernels that take the most time")
@@ -202,34 +203,26 @@ def main():
     args = parse_args()
     cuda = args.device == "cuda"
     n = 8192 if cuda else 2048
-    number = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    a, b = torch.randn(2, n, n, device=args.device, dtype=number)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    a, b = torch.randn(2, n, n, device=args.device, dtype=dtype)
     timer = functools.partial(Timer, globals=dict(a=a, b=b), num_threads=torch.get_num_threads())
     gemm = 2 * n**3 / timer("a @ b").timeit(10).mean / 1e12
     copy = 2 * a.nbytes / timer("a.clone()").timeit(10).mean / 1e9
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}, "
           f"{args.dtype}: matrix product {gemm:.3g} TFLOP/s, copy {copy:.0f} GB/s")
-    speeds = {}
     for job in args.jobs:
         for images in args.batch_size or [32 if job == "stage1" else 64]:
             args.job = job
             args.images = images
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
             with tempfile.TemporaryDirectory() as folder:
                 JOBS[job](args, Path(folder))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
             if cuda:
                 peak = torch.cuda.max_memory_allocated() / 2**30
-            speed = images / args.seconds
             rate = args.flops / args.seconds / 1e12
             print(f"{job} {args.size}{', compiled' * args.compile}, {images} images: "
-                  f"{args.seconds * 1e3:.1f} ms, {speed:.1f} images/s, {peak:.2f} GiB, {rate:.3g} "
-                  f"TFLOP/s, MFU {rate / gemm:.1%}", flush=True)
-            speeds[job, images] = speed
-            if job == "plain" and ("sample", images) in speeds:
-                ratio = speeds["sample", images] / speed
-                print(f"  AR.generate is {ratio:.2f} times as fast")
+                  f"{args.seconds * 1e3:.1f} ms, {images / args.seconds:.1f} images/s, "
+                  f"{peak:.2f} GiB, {rate:.3g} TFLOP/s, MFU {rate / gemm:.1%}", flush=True)
 
 
 if __name__ == "__main__":

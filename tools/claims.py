@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pretokenize import BUNDLED, save_grid
-from tokenizer import read_safetensors, save_checkpoint, writing
+from tokenizer import atomic_write, read_safetensors, save_checkpoint
 
 
 @dataclass
@@ -96,17 +96,17 @@ def copy_tokens(source, target, row):
     """Copies the tokens in the folder `source` to `target`: without classes, and with a prologue
     that says nothing, or whose first token is the class, if the row says so."""
     for name in ("codes.safetensors", "codes_val.safetensors"):
-        tensors, cfg = read_safetensors(source / name, "codes")
+        tensors, config = read_safetensors(source / name, "codes")
         codes = tensors["codes"].clone()  # (images, crops, K+N)
         labels = tensors["labels"].clone()
         if row.prologue != "learned":
-            codes[..., : cfg["tokenizer"]["num_prologue"]] = 0
+            codes[..., : config["tokenizer"]["num_prologue"]] = 0
         if row.prologue == "class":
             codes[..., 0] = labels[:, None]
         if not row.classes:
             labels.zero_()
-            cfg["classes"] = ["all"]
-        save_checkpoint(target / name, "codes", dict(codes=codes, labels=labels), cfg)
+            config["classes"] = ["all"]
+        save_checkpoint(target / name, "codes", dict(codes=codes, labels=labels), config)
 
 
 class Cells:
@@ -142,7 +142,7 @@ class Cells:
                 script(folder, "pretokenize.py", out=folder, data=data)
                 scores = script(folder, "fid.py", BUNDLED / "val",
                                 tokenizer=folder / "tokenizer.safetensors")
-                with writing(folder / "rfid.json") as temporary:
+                with atomic_write(folder / "rfid.json") as temporary:
                     temporary.write_text(scores)
         return folder
 
@@ -160,14 +160,14 @@ class Cells:
 
         cell = json.loads((source / "rfid.json").read_text())
         for line in (folder / "train_ar.jsonl").read_text().splitlines():
-            cell |= json.loads(line)  # the last value of each stays
+            cell |= json.loads(line)  # the last value of each stays; "settings" comes below
         cell |= dict(row=name, seed=seed, folder=str(folder))
         axes = slice(None if "val_nats_prologue" in cell else -1)
         cell["settings"], cell["gfid"] = best(folder, "plain", PLAIN[axes], "--no_cfg", seed=seed)
         if row.classes:
             guided = best(folder, "guided", GUIDED[axes], seed=seed)
             cell["guided_settings"], cell["guided_gfid"] = guided
-        with writing(folder / "cell.json") as temporary:
+        with atomic_write(folder / "cell.json") as temporary:
             temporary.write_text(json.dumps(cell, indent=1))
         print(f"{name}, seed {seed}: gFID {cell['gfid']:.2f} at {cell['settings']}", flush=True)
 

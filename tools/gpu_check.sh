@@ -11,7 +11,8 @@ OUT=${OUT:-results}
 DEV=${DEV:-cuda}
 PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-480}
-export TEST_DEVICE=$DEV PYTHONUNBUFFERED=1 TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}
+export TEST_DEVICE=$DEV PYTHONUNBUFFERED=1
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/inductor}
 mkdir -p "$OUT"
 
 say() { echo "$*" | tee -a "$OUT/gpu.txt"; }

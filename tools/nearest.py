@@ -24,8 +24,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import fid
-from pretokenize import Images, center_crop, load_batches, save_grid, to_float, to_uint8
-from tokenizer import Tokenizer, setup
+from pretokenize import (Images, center_crop, default_val, load_batches, save_grid, to_float,
+                         to_uint8)
+from tokenizer import Tokenizer, check_flags, setup
 
 
 def nearest(queries, batches, k):
@@ -54,18 +55,22 @@ def main():
     flag("samples", nargs="?", default="out/samples.npz", help="npz of sample.py")
     flag("--data", help="training images; else those that codes.safetensors beside the samples "
          "names, or the bundled ones")
-    flag("--val_data", help="held-out images; else the folder val beside --data")
+    flag("--val_data", help="held-out images; else the folder val beside a --data named train")
     flag("--by", default="pixels", choices=["pixels", "features"], help="what distances are of")
     flag("--tokenizer", metavar="FILE", help="compare with what it makes of the images")
     flag("--num", type=int, default=1000, help="samples, and held-out images, to measure")
     flag("--device", default="auto")
     args = parser.parse_args()
+    check_flags(parser, args, "num")
     device = setup(args.device)[2]
-    samples = torch.from_numpy(np.load(args.samples)["arr_0"])  # (N, H, W, 3) uint8
-    size = samples.shape[1]
+    (size, _), batches = fid.image_batches(args.samples, 1000)
+    samples = torch.cat([*batches])  # (N, H, W, 3) uint8
     codes = Path(args.samples).with_name("codes.safetensors")
     images = Images(args.data or fid.default_images(codes, (size, size), "train"))
-    held_out = Images(args.val_data or images.path.with_name("val"))
+    val_data = args.val_data or default_val(images.path)
+    if val_data is None:
+        raise SystemExit(f"--val_data is needed: no held-out images are beside {images.path}")
+    held_out = Images(val_data)
     tokenizer = Tokenizer.load(args.tokenizer).to(device) if args.tokenizer else None
     if args.by == "features":
         _, network = fid.feature_network((size, size), None, device)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pretokenize import BUNDLED, Images, center_crop, default_val, load_batches, to_float
-from tokenizer import Tokenizer, setup, unit_norm
+from tokenizer import Tokenizer, check_flags, setup, unit_norm
 
 
 def resized_crop(image, size, rng):
@@ -50,7 +50,7 @@ def pooled_tokens(tokenizer, images, tokens):
     """Means over the first tokens of a batch (B, 3, H, W): hidden states (B, D), codes (B, c)."""
     hidden, prologue = tokenizer.hidden(images)
     quantizer = tokenizer.visual_quantizer
-    if tokenizer.cfg.num_prologue > 0:
+    if tokenizer.config.num_prologue > 0:
         hidden = prologue
         quantizer = tokenizer.prologue_quantizer
     hidden = hidden[:, :tokens]
@@ -63,7 +63,7 @@ def pooled_tokens(tokenizer, images, tokens):
 def features(tokenizer, images, tokens, num_workers, epoch=None):
     """Hidden states (n, D) and codes (n, c) of all images: of their centre crops, or with an
     `epoch` of that epoch's random crops."""
-    size = tokenizer.cfg.image_size
+    size = tokenizer.config.image_size
     device = tokenizer.visual_quantizer.codebook.device
 
     def load(index):
@@ -127,7 +127,7 @@ def main():
     flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="that decode images")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     args = parser.parse_args()
-
+    check_flags(parser, args, "epochs", "batch_size", "num_workers")
     _, _, device, _ = setup(args.device)
     images = Images(args.data)
     val_data = args.val_data or default_val(args.data)
@@ -135,12 +135,12 @@ def main():
         raise SystemExit(f"--val_data is needed: images of the classes of {args.data}")
     val_images = Images(val_data)
     tokenizers = [Tokenizer.load(path).to(device) for path in args.tokenizers]
-    tokens = args.tokens or max(tokenizer.cfg.num_prologue for tokenizer in tokenizers) or 16
+    tokens = args.tokens or max(tokenizer.config.num_prologue for tokenizer in tokenizers) or 16
     for path, tokenizer in zip(args.tokenizers, tokenizers):
-        count = min(tokens, tokenizer.cfg.num_prologue or tokenizer.cfg.num_visual)
+        count = min(tokens, tokenizer.config.num_prologue or tokenizer.config.num_visual)
         probes = train(tokenizer, images, count, args, device)
         rows = features(tokenizer, val_images, count, args.num_workers)
-        print(f"{path} ({tokenizer.cfg.layout}, first {count} tokens), held-out accuracy:")
+        print(f"{path} ({tokenizer.config.layout}, first {count} tokens), held-out accuracy:")
         for name, probe, x in zip(("hidden states", "codes"), probes, rows):
             likeliest = probe(x).topk(min(5, len(images.classes))).indices.cpu()  # (n, 5)
             right = (likeliest == val_images.labels[:, None]).float()

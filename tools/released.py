@@ -69,11 +69,18 @@ def files_of(name):
 
 def read(file, folder):
     """The tensors of a released file from `folder`, or downloaded where that is None."""
-    if folder is None:
-        from huggingface_hub import hf_hub_download
+    path = file
+    try:
+        if folder is None:
+            from huggingface_hub import hf_hub_download
 
-        return load_file(hf_hub_download(REPOSITORY, file))  # once, to Hugging Face's cache
-    return load_file(Path(folder) / file)
+            return load_file(hf_hub_download(REPOSITORY, file))  # once, to Hugging Face's cache
+        path = Path(folder) / file
+        return load_file(path)
+    except Exception as error:  # no such package, network or file, or half a file
+        reason = str(error).partition("\n")[0]
+        raise SystemExit(f"{path} cannot be read ({reason}): install huggingface_hub, or fetch it "
+                         f"from huggingface.co/{REPOSITORY} to DIR/{file} for --from DIR") from None
 
 
 # From an adaptive network to a plain one. `net` holds the tensors of a single network.
@@ -87,8 +94,7 @@ def part_of(tensors, network):
 
 def affine(net, name, c):
     """The linear layer `name` of the condition c (C,) -> (D,), in float64. Rounded to float32
-    at the end, it does not depend on the order in which a machine sums: all get the same files.
-    """
+    at the end, it does not depend on the order in which a machine sums: all get the same files."""
     return net[f"{name}.weight"].double() @ c + net.get(f"{name}.bias", 0)
 
 
@@ -202,10 +208,8 @@ def import_tokenizer(encoder_file, decoder_file):
         parts["post_encoder"] = fold(post)
         sizes["post"] = network_size(post)
 
-    weights = {}
-    for part, tensors in parts.items():
-        for name, tensor in tensors.items():
-            weights[f"{part}.{name}"] = tensor
+    weights = {f"{part}.{name}": tensor for part, tensors in parts.items()
+               for name, tensor in tensors.items()}
     tokenizer = Tokenizer(TokenizerConfig(layout, **sizes))
     tokenizer.load_state_dict(weights)  # raises if a tensor or a shape does not fit
     return tokenizer
@@ -216,12 +220,13 @@ def import_ar(ar_file, tokenizer, preset):
     net = part_of(ar_file, "ar_model")
     weights = fold(net)
     weights["head.weight"] = weights.pop("out.weight")  # (vocabulary, D)
-    weights["embedding.weight"] = ar_file["semantic_emb.weight"]  # (vocabulary, D)
-    weights["bos.weight"] = ar_file["bos_emb.weight"]  # (classes + 1, D), the last: unconditional
+    weights["token_embedding.weight"] = ar_file["semantic_emb.weight"]  # (vocabulary, D)
+    classes = ar_file["bos_emb.weight"]  # (classes + 1, D), the last: unconditional
+    weights["class_embedding.weight"] = classes
     layers, dim = network_size(net)
-    num_classes = len(weights["bos.weight"]) - 1
-    cfg = ARConfig.for_tokenizer(
-        tokenizer.cfg,
+    num_classes = len(classes) - 1
+    config = ARConfig.for_tokenizer(
+        tokenizer.config,
         layers=layers,
         dim=dim,
         head_dim=len(net["layers.0.attn1.q_norm.weight"]),
@@ -229,7 +234,7 @@ def import_ar(ar_file, tokenizer, preset):
         classes=imagenet_classes() if num_classes == 1000 else [],
         preset=preset,
     )
-    ar = AR(cfg)
+    ar = AR(config)
     ar.load_state_dict(weights)
     return ar
 
@@ -254,11 +259,10 @@ def main():
     flag = parser.add_argument
     flag("name", choices=PAIRS, metavar="NAME", help=", ".join(PAIRS))
     flag("--from", dest="folder", metavar="DIR",
-         help="folder that holds the released folders, such as DIR/prologue-l-tokenizer; without "
-         "it the three files that are needed are downloaded to Hugging Face's cache")
+         help="take the released folders, as prologue-l-tokenizer, from DIR; else the three "
+         "files that are needed are downloaded to Hugging Face's cache")
     flag("--out", required=True, metavar="DIR",
-         help="folder for tokenizer.safetensors and ar.safetensors; those that are there are "
-         "replaced")
+         help="folder for tokenizer.safetensors and ar.safetensors, which replace those there")
     args = parser.parse_args()
     encoder_file, decoder_file, ar_file = [read(file, args.folder) for file in files_of(args.name)]
     tokenizer = import_tokenizer(encoder_file, decoder_file)
@@ -266,7 +270,7 @@ def main():
     # Written only now that all three are known to fit: else what is in OUT stays as it is.
     out = Path(args.out)
     tokenizer.save(out / "tokenizer.safetensors")
-    ar.cfg.tokenizer = tokenizer.cfg.fingerprint
+    ar.config.tokenizer = tokenizer.config.fingerprint
     ar.save(out / "ar.safetensors")
     print(f"{args.name} is imported to {out}. Next: python sample.py --out {out}")
 

@@ -7,12 +7,10 @@
 
 What is not given is as the preset says; a single value, as in cfg_schedule=linear, is only set.
 Image i is always drawn with the noise of sample.py's image i, so that combinations differ by their
-settings and not by luck. In --out it leaves sweep.json, best gFID first, and with matplotlib
-sweep.png: curves over the last setting, one for each combination of the others.
+settings and not by luck. In --out it leaves sweep.json, best gFID first.
 """
 
 import argparse
-import importlib.util
 import itertools
 import json
 import sys
@@ -26,7 +24,7 @@ import fid
 from ar import SCHEDULES
 from sample import (PRESETS, decode, default_preset, draw, load_pair, pair_folder,
                     preset_settings)
-from tokenizer import setup, writing
+from tokenizer import atomic_write, check_flags, setup
 
 # What can be swept: keyword arguments of AR.generate
 SETTINGS = dict(cfg_visual=float, cfg_prologue=float, cfg_schedule=str, cfg_power=float,
@@ -40,35 +38,23 @@ def read_axes(texts):
         name, _, values = text.partition("=")
         if name not in SETTINGS:
             raise SystemExit(f"{text}: NAME=VALUE,VALUE with a NAME of {', '.join(SETTINGS)}")
-        axes[name] = sorted(SETTINGS[name](value) for value in values.split(","))
-    if not set(axes.get("cfg_schedule", [])) <= set(SCHEDULES):
-        raise SystemExit(f"cfg_schedule is one of {', '.join(SCHEDULES)}")
+        try:
+            axes[name] = sorted(SETTINGS[name](value) for value in values.split(","))
+        except ValueError as error:
+            raise SystemExit(f"{text}: {error}") from None
+        for value in axes[name]:
+            if not (value in SCHEDULES if name == "cfg_schedule" else 0 <= value < float("inf")):
+                raise SystemExit(f"{text}: a value is a number from 0 on, or for cfg_schedule one "
+                                 f"of {', '.join(SCHEDULES)}")
     return dict(sorted(axes.items(), key=lambda axis: len(axis[1]) > 1))  # single values first
 
 
 def drawn(tokenizer, ar, args, settings):
     """Yields images as sample.py draws them, each class equally often: uint8 (B, H, W, 3)."""
     for numbers in torch.arange(args.num_samples).split(args.batch_size):
-        labels = numbers % ar.cfg.num_classes
+        labels = numbers % ar.config.num_classes
         codes = draw(ar, labels, numbers, 0, args.batch_size, settings)  # (B, K+N)
         yield decode(tokenizer, codes, args.batch_size)
-
-
-def save_curves(path, axes, rows):
-    from matplotlib.figure import Figure
-
-    *others, last = axes
-    count = len(axes[last])
-    figure = Figure(figsize=(9, 3.5), layout="tight")
-    for axis, score in zip(figure.subplots(1, 2), ("gfid", "inception_score")):
-        for i in range(0, len(rows), count):  # the last setting changes fastest
-            label = " ".join(f"{name}={rows[i][name]}" for name in others)
-            curve = [row[score] for row in rows[i : i + count]]
-            axis.plot(axes[last], curve, marker="o", label=label)
-        axis.set(xlabel=last, title=score)
-        if others:
-            axis.legend(fontsize="small")
-    figure.savefig(path, dpi=90)
 
 
 @torch.no_grad()
@@ -78,7 +64,7 @@ def main():
     flag = parser.add_argument
     flag("axes", nargs="+", metavar="NAME=VALUE,VALUE", help=", ".join(SETTINGS))
     flag("--pair", help="folder of tokenizer and AR model; else out, or the shipped pair")
-    flag("--out", default="out", help="folder for sweep.json and sweep.png")
+    flag("--out", default="out", help="folder for sweep.json")
     flag("--preset", choices=PRESETS, help="of what is not swept; else that of the AR file or tiny")
     flag("--no_cfg", action="store_true", help="the preset's settings without guidance")
     flag("--num_samples", type=int, default=1000, help="images for each combination")
@@ -87,6 +73,7 @@ def main():
     flag("--batch_size", type=int, default=100, help="images at a time")
     flag("--device", default="auto", choices=["auto", "cuda", "mps", "cpu"])
     args = parser.parse_args()
+    check_flags(parser, args, "num_samples", "batch_size")
     axes = read_axes(args.axes)
     out = Path(args.out)
     pair = pair_folder(args.pair)
@@ -98,7 +85,7 @@ def main():
 
     # Mean and covariance of the reference, once for all combinations
     torch.backends.cudnn.allow_tf32 = False  # as in fid.py
-    size = (tokenizer.cfg.image_size, tokenizer.cfg.image_size)
+    size = (tokenizer.config.image_size, tokenizer.config.image_size)
     reference = args.reference or fid.default_images(pair / "codes.safetensors", size, "train")
     _, network = fid.feature_network(size, args.inception, device)
     stored = fid.open_npz(reference)
@@ -120,10 +107,8 @@ def main():
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         rows.append(row)
         best_first = sorted(rows, key=lambda row: row["gfid"])
-        with writing(out / "sweep.json") as temporary:
+        with atomic_write(out / "sweep.json") as temporary:
             temporary.write_text(json.dumps(how | {"rows": best_first}, indent=1))
-    if importlib.util.find_spec("matplotlib"):
-        save_curves(out / "sweep.png", axes, rows)
 
 
 if __name__ == "__main__":
