@@ -28,9 +28,10 @@ case $row in  # from: the tokenizer's row
     b_l)     from=prologue_b change=(--size L) ;;
     b_xl)    from=prologue_b change=(--size XL) ;;
     l_b)     from=prologue_l change=("${large[@]}") ;;
-    l_l)     from=prologue_l change=("${large[@]}" --size L --micro_batch_size 64) ;;
-    l_xl)    from=prologue_l change=("${large[@]}" --size XL --micro_batch_size 64
-                 --steps 593750 --weight_decay 0.05) ;;  # 0.03 in the authors' script
+    l_l)     from=prologue_l change=("${large[@]}" --size L --micro_batch_size 64
+                 --save_every 2500) ;;
+    l_xl)    from=prologue_l change=("${large[@]}" --size XL --micro_batch_size 64 --steps 593750
+                 --save_every 1000 --weight_decay 0.05) ;;  # 0.03 in the authors' script
     2d_l_b)  from=2d_l change=("${large[@]}") ;;
     l_b_vgg | l_b_16k) from=$row change=("${large[@]}") ;;
     1d | 2d | post | p256 | p4096 | k4 | k64 | tau001 | tau1 | ce1 | ce6 | drop0 | drop1 | direct_*)

@@ -71,7 +71,7 @@ class Buttons:
     def resample(self, label, seed, asked, *chosen):
         """With the next seed if these pictures have been asked for already."""
         again = (label, seed, chosen) == asked
-        return self.paint("Each picture is drawn from noise of its own.", label, seed, chosen, again)
+        return self.paint("Each picture is drawn from its own noise.", label, seed, chosen, again)
 
     def keep_prologue(self, label, seed, picture, prologue, *chosen):
         kept = prologue[picture - 1].expand(self.columns, -1)
