@@ -303,7 +303,6 @@ def parse_args():
     flag("--val_data", help="held-out images; else the folder val beside train, else --data")
     flag("--crop", default="center", choices=["center", "random"], help="random is ADM's")
     flag("--flip", action="store_true", help="mirror half of the images")
-
     flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
 
     # Tokenizer
