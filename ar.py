@@ -151,7 +151,7 @@ class AR(nn.Module):
         right = (logits.argmax(-1) == tokens).float()  # (B, L)
         groups = {"visual": slice(-self.config.num_visual, None)}
         if k > 0:
-            groups |= {"prologue": slice(k), "eos": slice(k, k + 1)}
+            groups["prologue"] = slice(k)
         result = {"nats": nats.sum(1)}
         for name, places in groups.items():
             result[f"nats_{name}"] = nats[:, places].sum(1)
@@ -284,30 +284,26 @@ class KVCache:
         to it."""
         self.length = math.ceil(length / 8) * 8  # masked attention kernels want a multiple of 8
         self.fixed = fixed
-        self.k = None
-        self.v = None
+        self.kv = None
 
     def attend(self, q, k, v, start):
         """q, k, v (B, T, heads, d) of T positions that follow `start` earlier ones -> (B, T, heads,
         d), attention to all positions so far; see AR.step."""
-        if self.k is None:
+        if self.kv is None:
             batch, _, heads, d = k.shape
-            # In memory (B, heads, L, d), so that a head reads its keys in one go.
-            self.k = k.new_zeros(batch, heads, self.length, d).transpose(1, 2)  # (B, L, heads, d)
-            self.v = v.new_zeros(batch, heads, self.length, d).transpose(1, 2)
+            # In memory (2, B, heads, L, d), so that a head reads its keys in one go.
+            self.kv = k.new_zeros(2, batch, heads, self.length, d).transpose(2, 3)
             if self.fixed:
-                torch._dynamo.mark_static_address(self.k)
-                torch._dynamo.mark_static_address(self.v)
+                torch._dynamo.mark_static_address(self.kv)
+        new = torch.stack([k, v])  # (2, B, T, heads, d)
         if torch.is_tensor(start):  # a mask hides what is still to come
-            self.k[:, start] = k
-            self.v[:, start] = v
+            self.kv[:, :, start] = new
             mask = torch.arange(self.length, device=q.device) <= start  # (L,)
-            return attention(q, self.k, self.v, mask=mask[None])
+            return attention(q, *self.kv, mask=mask[None])
         end = start + k.shape[1]
-        self.k[:, start:end] = k
-        self.v[:, start:end] = v
+        self.kv[:, :, start:end] = new
         # Several positions at once come only at the start; a single one may look at all there is.
-        return attention(q, self.k[:, :end], self.v[:, :end], causal=k.shape[1] > 1)
+        return attention(q, *self.kv[:, :, :end], causal=k.shape[1] > 1)
 
 
 SCHEDULES = ("constant", "linear", "cosine")

@@ -32,8 +32,6 @@ from tokenizer import Tokenizer, check_flags, read_safetensors, setup
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
 
-# Images
-
 
 def image_batches(path, batch_size, size=None, crop=False):
     """Images of an .npz, a folder or a zip -> (H, W), iterator of uint8 (B, H, W, 3). All have one
@@ -78,9 +76,6 @@ def open_npz(path):
         return np.load(path)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise SystemExit(f"{path} is not a whole .npz file: {error}") from None
-
-
-# Networks whose features are compared
 
 
 class Inception(nn.Module):
@@ -138,9 +133,6 @@ def feature_network(size, inception, device):
     return "fashion", FashionClassifier.load().to(device)
 
 
-# Statistics of features
-
-
 def moments(x):
     """Mean (d,) and covariance (d, d) of features (N, d), in float64."""
     x = x.double()
@@ -176,9 +168,6 @@ def extract(network, batches, device):
     result["inception_score"] = inception_score(outputs["probabilities"])
     result["features"] = outputs["pool"]
     return result
-
-
-# Scores
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -227,9 +216,6 @@ def reconstructions(tokenizer, batches, device, ratios):
         images = to_uint8(tokenizer.decode(tokenizer.encode(x)))  # (B, H, W, 3)
         ratios.append(psnr(images, originals))
         yield images
-
-
-# The script
 
 
 def default_images(codes_path, size, bundled):
@@ -309,7 +295,7 @@ def main():
     # Features
     against = {}
     if not statistics or "arr_0" in stored:
-        crop = args.tokenizer or args.crop or args.reference is None
+        crop = args.crop or args.reference is None
         _, originals = image_batches(reference, args.batch_size, size, crop)
         against = extract(network, originals, device)
     against |= statistics
@@ -328,8 +314,10 @@ def main():
     if args.tokenizer:
         result["psnr"] = torch.cat(ratios).double().mean().item()
 
-    # Print; not what is not finite, of damaged images, statistics or weights
-    print(json.dumps(result, indent=1, allow_nan=False))
+    if not np.isfinite([value for value in result.values() if isinstance(value, float)]).all():
+        raise SystemExit(f"not all scores are finite ({result}): images, statistics or weights are "
+                         "damaged")
+    print(json.dumps(result, indent=1))
     if count < 10000:
         print("note: fewer than 10,000 images: these numbers are biased, compare only at equal "
               "counts", file=sys.stderr)

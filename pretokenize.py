@@ -35,8 +35,8 @@ import torch.distributed as dist
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from tokenizer import (Tokenizer, TokenizerConfig, atomic_write, check_flags, finish, open_out,
-                       read_safetensors, save_checkpoint, setup)
+from tokenizer import (Tokenizer, TokenizerConfig, atomic_write, check_flags, finish, of_first_rank,
+                       open_out, read_safetensors, save_checkpoint, setup)
 
 with contextlib.suppress(ImportError):  # pip install pillow-heif: the photos of most phones
     from pillow_heif import register_heif_opener
@@ -48,6 +48,7 @@ KNOWN = Image.registered_extensions()  # {extension: format} of what Pillow read
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".avif",
               ".heic", ".heif"} & KNOWN.keys()
 FORMATS = ["GIF", *{KNOWN[extension] for extension in EXTENSIONS}]  # GIFs often have wrong names
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 PART_SIZE = 500  # images in a part of the tokens
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # intact files have been seen with 2 MB of text
 
@@ -113,12 +114,12 @@ def image_crops(images, index, size, crop, flip):
     reference's centre crops.
     """
     square = center_crop(images.open(index), int(1.1 * size) if crop == "ten" else size)
-    end = len(square) - size  # 0 unless ten
-    middle = round(end / 2)
-    places = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)]
-    if crop == "center":
-        places = [(0, 0)]
-    sides = [square, square[:, ::-1]][: 1 + flip]
+    places = [(0, 0)]
+    if crop == "ten":
+        end = len(square) - size
+        middle = round(end / 2)
+        places = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)]
+    sides = [square, square[:, ::-1]] if flip else [square]
     return np.stack([crop_at(side, size, *place) for side in sides for place in places])
 
 
@@ -158,10 +159,7 @@ def about_tokens(tokenizer, images, crop, flip, partner):
                  images=images.digest(), crop=crop, flip=flip, partner=partner)
     about["digest"] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     about["data"] = os.path.abspath(images.path)
-    of_all = [about]
-    if dist.is_initialized():
-        dist.broadcast_object_list(of_all)  # one for all ranks: paths may differ from node to node
-    return of_all[0]
+    return of_first_rank(about)
 
 
 @torch.no_grad()
@@ -182,16 +180,14 @@ def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
     per_batch = max(1, args.batch_size // world_size // num_crops)
     load = functools.partial(image_crops, images, size=tokenizer.config.image_size,
                              crop=about["crop"], flip=about["flip"])
-    batches = [batch for i in missing for batch in parts[i].split(per_batch)]
-    loader = load_batches(load, batches, args.num_workers)
-    bar = tqdm(total=sum(map(len, batches)), desc=str(target), unit=" images", disable=rank > 0)
+    total = sum(len(parts[i]) for i in missing)
+    bar = tqdm(total=total, desc=str(target), unit=" images", disable=rank > 0)
     for i in missing:
         codes = []
-        for batch in parts[i].split(per_batch):
-            x = next(loader).to(device)  # (B, crops, H, W, 3)
-            batch_codes = tokenizer.encode(to_float(x.flatten(0, 1)))  # (B*crops, K+N)
-            codes.append(batch_codes.unflatten(0, (-1, num_crops)).cpu())  # (B, crops, K+N)
-            bar.update(len(batch))
+        for crops in load_batches(load, parts[i].split(per_batch), args.num_workers):
+            x = to_float(crops.to(device).flatten(0, 1))  # (B*crops, 3, H, W)
+            codes.append(tokenizer.encode(x).unflatten(0, (-1, num_crops)).cpu())  # (B, crops, K+N)
+            bar.update(len(crops))
         with atomic_write(files[i]) as temporary:
             torch.save(torch.cat(codes).to(torch.uint16), temporary)
     bar.close()
@@ -346,23 +342,26 @@ class Images:
                      for place in list_folder(root)}
         else:
             raise SystemExit(f"{path} is no folder, no zip file and no path into a zip file")
-        visible = sorted(name for name in found if not is_hidden(name))
+        # Hidden files, and what macOS adds to zips, do not count
+        visible = sorted(name for name in found if not re.search(r"(^|/)(\.|__MACOSX)", name))
         self.names = [name for name in visible if extension(name) in EXTENSIONS]
         self.places = [found[name] for name in self.names]
         others = [name for name in visible if extension(name) not in EXTENSIONS]
         counts = collections.Counter(map(extension, others)).most_common(5)
         self.left_out = "".join(f", left out: {count} {end or 'others'}" for end, count in counts)
+        if ".heic" in self.left_out:
+            self.left_out += " (for .heic: pip install pillow-heif)"
         if not self.names:
             raise SystemExit(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})"
                              f"{self.left_out}")
-        folders = [top_folder(name) for name in self.names]
+        folders = [name.split("/")[0] if "/" in name else "" for name in self.names]
         tops = set(folders)
-        without = {top_folder(name) for name in others} - tops - {""}
+        without = {name.split("/")[0] for name in others if "/" in name} - tops
         if without and "" not in tops:
             self.left_out += f", and so all of {', '.join(sorted(without))}"
-        if ".heic" in self.left_out:
-            self.left_out += " (for .heic: pip install pillow-heif)"
-        if is_of_splits(self.names):
+        splits = {top.casefold() for top in tops} & SPLITS
+        only_folder = len(tops) == 1 and all(name.count("/") > 1 for name in self.names)
+        if len(splits) > 1 or only_folder:
             raise SystemExit(f"{path} holds the folders {sorted(tops)} and not classes: add one of "
                              "them to the path")
         if "" in tops and len(tops) > 1:
@@ -416,46 +415,21 @@ class Images:
         return sha.hexdigest()[:16]
 
 
-def is_hidden(name):
-    """Hidden files, and what macOS adds to zips, do not count."""
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
 def extension(name):
     return posixpath.splitext(name)[1].lower()
 
 
-def top_folder(name):
-    return posixpath.dirname(name).split("/")[0]
-
-
-def is_of_splits(names):
-    """Whether the top folders are no classes: by their names, or where each holds the same folders,
-    which are the classes; but each of many classes may hold a folder `images`."""
-    below = collections.defaultdict(set)  # top folder: folders in it
-    for name in names:
-        top, *rest = name.split("/")
-        below[top].add(rest[0] if len(rest) > 1 else "")
-    first, *others = below.values()
-    same = "" not in first and all(folders == first for folders in others)
-    return {"train", "val"} <= below.keys() or same and (len(below) < 3 or len(first) > 1)
-
-
 def default_val(data):
-    """The path val, valid or validation beside training images at a path `train`, the first that is
-    there, or None."""
+    """The first of val, valid and validation that is beside training images at a path `train`."""
+    if Path(data).name.casefold() != "train":
+        return None
     for name in ("val", "valid", "validation"):
         path = Path(data).with_name(name)
         archive, inside = split_zip(path)
-        there = path.is_dir()
-        if archive:
-            there = any(entry.startswith(inside) for entry in open_zip(archive).namelist())
-        if there and Path(data).name.casefold() == "train":
+        entries = open_zip(archive).namelist() if archive else []
+        if path.is_dir() or any(entry.startswith(inside) for entry in entries):
             return str(path)
     return None
-
-
-# The script
 
 
 def parse_args():
@@ -504,7 +478,7 @@ def main():
 
     # Tokens: held-out images first, with one crop each, because they are few
     if rank == 0:
-        open_out(out, "codes*")
+        open_out(out, "codes.safetensors", "codes_val.safetensors")
     where = dict(args=args, device=device, rank=rank, world_size=world_size)
     val_target = out / "codes_val.safetensors"
     about = about_tokens(tokenizer, images, args.crop, args.flip or args.crop == "ten", partner="")

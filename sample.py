@@ -230,7 +230,7 @@ def main():
 
     # Models
     tokenizer, ar = load_pair(folder, device)
-    out = open_out(args.out, "*.png", "*.npz") if rank == 0 else Path(args.out)
+    out = open_out(args.out, "samples.npz") if rank == 0 else Path(args.out)
     if args.dtype == "bf16":  # cast once and not in every step; norms, embeddings and head stay
         for module in ar.transformer.modules():
             if isinstance(module, torch.nn.Linear):
@@ -247,10 +247,9 @@ def main():
     # Settings: those of the preset, where no flag says otherwise
     preset = args.preset or default_preset(ar)
     settings = preset_settings(preset, args.no_cfg)
-    settings |= {name: value for name, value in vars(args).items()
-                 if name in settings and value is not None}
-    settings["cfg_schedule"] = args.cfg_schedule
-    settings |= {name: getattr(args, name) for name in FILTERS}
+    for name in (*settings, "cfg_schedule", *FILTERS):
+        if getattr(args, name) is not None:
+            settings[name] = getattr(args, name)
     if rank == 0:
         print(f"{tokenizer.config.layout} pair in {folder}, preset {preset}", flush=True)
 

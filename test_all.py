@@ -21,13 +21,12 @@ K, N, V, P = 3, 16, 64, 12
 LABELS = torch.zeros(4, dtype=torch.int64)
 
 
-def models(layout="prologue", **ar_cfg):
+def models(layout="prologue"):
     """A tokenizer and an AR model of five classes with random weights, and four images."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(replace(CONFIG, layout=layout)).eval()
-    config = ARConfig.for_tokenizer(tokenizer.config, layers=2, dim=64, head_dim=32, num_classes=5,
-                                 **ar_cfg)
-    ar = AR(config).eval()
+    ar = AR(ARConfig.for_tokenizer(tokenizer.config, layers=2, dim=64, head_dim=32, num_classes=5))
+    ar.eval()
     for p in ar.parameters():  # wide weights, so that logits differ enough to be told apart
         p.data += 0.3 * torch.randn_like(p)
     images = torch.rand(4, 3, 32, 32) * 2 - 1

@@ -186,9 +186,9 @@ class Transformer(nn.Module):
 # The quantizers
 
 
-def unit_norm(x):
-    """x / |x| along the last axis; the epsilon inside the root gives x = 0 a finite gradient."""
-    return x * (x.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
+def unit_norm(x, dim=-1, eps=1e-12):
+    """x / |x| along an axis; the epsilon inside the root gives x = 0 a finite gradient."""
+    return x * (x.square().sum(dim, keepdim=True) + eps).rsqrt()
 
 
 @contextlib.contextmanager
@@ -227,8 +227,8 @@ class VisualQuantizer(nn.Module):
 
     def forward(self, h):
         """h (B, N, D) -> code vectors q (B, N, c) with a straight-through gradient, codes (B, N),
-        losses by name, which are all added to the objective and logged. Paper section 2; the 0.25
-        is the official code's, and the 1 of the paper's appendix E most likely the whole loss's."""
+        losses by name, which are all added to the objective and logged. Paper section 2; its 1 in
+        appendix E is most likely the weight of the whole, in which the official code has 0.25."""
         with exact_fp32(h.device.type):
             z = self.project(h)  # (B, N, c)
             codes = nearest_code(z, self.codebook)  # (B, N)
@@ -349,7 +349,8 @@ class Decoder(Encoder):
     def __init__(self, config):
         num_queries = config.num_visual if config.layout == "1d" else 0
         super().__init__(config, config.code_dim, config.decoder, num_queries)
-        self.angles = self.angles.roll(num_queries, 0)  # 1d: of 2N, the line's N come first here
+        # 1d: rope_table has the grid first; here the N codes in a line are, and then the N queries
+        self.angles = self.angles.roll(num_queries, 0)
         _, dim = config.decoder
         self.norm = RMSNorm(dim)
         self.out = nn.Linear(dim, 3 * config.patch_size**2)
@@ -460,18 +461,18 @@ class Tokenizer(nn.Module):
 
 
 def open_out(out, *files):
-    """The folder `out` of a script that writes `files` to it: made where it is missing, and without
-    what a killed run left half-written. Ends the script now if nothing can be written there."""
+    """The folder `out`, made where it is missing, without what a killed run left half-written of
+    the `files`. Ends the script if nothing can be written to it."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         for file in files:
             for leftover in out.glob(f"{file}.*.tmp"):
                 leftover.unlink()
-        with tempfile.TemporaryFile(dir=out):
-            return out
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise SystemExit(f"--out {out} cannot be written to: {error}") from None
+    return out
 
 
 @contextlib.contextmanager
@@ -570,10 +571,24 @@ def setup(device="auto", dtype="fp32", timeout_hours=1):
         dtype = "bf16" if has_bf16 else "fp32"
     torch_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     if rank == 0:
-        flash = can_flash(device, torch_dtype)
-        kind = "flash-attn" if flash else "torch's scaled_dot_product_attention"
+        kind = "flash-attn" if can_flash(device, torch_dtype) else "torch"
         print(f"{world_size} x {device.type}, {dtype}, attention by {kind}", file=sys.stderr)
     return rank, world_size, device, torch.autocast(device.type, torch_dtype, dtype == "bf16")
+
+
+def of_first_rank(value):
+    """The first rank's value on all ranks: paths and copies of data may differ between nodes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def average(tensor):
+    """Replaces a tensor, in place, by its mean over the ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
 
 
 def finish():

@@ -14,7 +14,6 @@ state for --resume). This file also holds what train_stage1.py, the same loop wi
 
 import argparse
 import json
-import re
 import shutil
 import signal
 import sys
@@ -31,8 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ar import AR, SIZES, ARConfig
 from pretokenize import Tokens, visited_images
-from tokenizer import (Transformer, atomic_write, check_finite, check_flags, compile_blocks, finish,
-                       open_out, read_safetensors, setup)
+from tokenizer import (Transformer, atomic_write, average, check_finite, check_flags,
+                       compile_blocks, finish, of_first_rank, open_out, read_safetensors, setup)
 
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
@@ -45,8 +44,9 @@ SHOWN = ("images_per_s", "minutes_left", "l1", "vq", "ce", "discriminator", "nat
 # What both trainers share: flags, state, learning rate, log
 
 
-def trainer_flags(parser, **defaults):
-    """Adds the flags that both trainers have; `defaults` are those in which they differ."""
+def parse_trainer_args(parser, *positive, hold, **defaults):
+    """Adds the flags that both trainers have, parses all and checks them. defaults: those in which
+    the trainers differ; hold: that of --hold, as a share of --steps; positive: see check_flags."""
     flag = parser.add_argument
 
     # Optimization
@@ -57,8 +57,8 @@ def trainer_flags(parser, **defaults):
     flag("--lr", type=float, help="learning rate after the warmup")
     flag("--min_lr", type=float, help="at the last step, after warmup and hold")
     flag("--warmup", type=int, default=50, help="steps of linear warmup")
-    flag("--hold", type=int, default=argparse.SUPPRESS, help="steps at --lr, before the linear "
-         "decay; else half of --steps in stage 1, a quarter in stage 2")
+    flag("--hold", type=int, help="steps at --lr, before the linear decay; else half of --steps in "
+         "stage 1, a quarter in stage 2")
     flag("--seed", type=int, default=0, help="of everything random")
 
     # Machine and files
@@ -75,14 +75,18 @@ def trainer_flags(parser, **defaults):
     flag("--compile", action="store_true", help="torch.compile the transformer blocks")
     parser.set_defaults(**defaults)
 
-
-def parse_trainer_args(parser, hold):
-    """The flags, checked; `hold` is the default of --hold as a share of --steps."""
     args = parser.parse_args()
-    args.hold = getattr(args, "hold", int(hold * args.steps))
-    check_flags(parser, args, "steps", "batch_size", "micro_batch_size", "image_size", "patch_size",
-                "codebook_size", "code_dim", "gan_channels")
+    check_flags(parser, args, "steps", "batch_size", "micro_batch_size", *positive)
+    if args.hold is None:
+        args.hold = int(hold * args.steps)
     return args
+
+
+def to_device(x, device):
+    """A copy of x on the device, on CUDA while the CPU goes on (which pinned memory allows)."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def is_due(every, step, args):
@@ -90,19 +94,16 @@ def is_due(every, step, args):
     return step == args.steps or (every > 0 and step % every == 0)
 
 
-def on_ctrl_c(step):
+def on_ctrl_c(step, rank=0):
     """From now on Ctrl-C ends the trainer in a line, which names the step that is saved."""
     line = f"stopped: --resume goes on from step {step}"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(line))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(line if rank == 0 else 1))
 
 
 def load_state(path, must_match, args):
     """The state that a trainer saved at `path`, or None. With --resume, what `must_match` is as
     then. All ranks do as the first, also where copies of the data differ from node to node."""
-    shared = [path.exists(), must_match]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)
-    there, must_match = shared
+    there, must_match = of_first_rank((path.exists(), must_match))
     if there and not (args.resume or args.overwrite):
         raise SystemExit(f"{path} is of a run in this folder: go on with --resume, take another "
                          "--out, or replace the run with --overwrite")
@@ -164,12 +165,10 @@ def learning_rate(step, args):
 
 
 def log_line(step, lr, terms, seconds, args):
-    """What the log says of a step: with `terms`, {name: 0-dim tensor}, as means over the ranks.
+    """A line of the log: step, speed, and `terms`, {name: 0-dim tensor}, averaged over the ranks.
     Ends the run if one of them is not finite. seconds: of a step, in the mean since the start."""
     values = torch.stack(list(terms.values()))
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
+    average(values)
     check_finite(f"step {step}", dict(zip(terms, values)))
     line = dict(step=step, lr=lr, images_per_s=args.batch_size / seconds,
                 minutes_left=(args.steps - step) * seconds / 60)
@@ -186,6 +185,14 @@ def write_log(line, path, args):
         raise SystemExit(f"{path} cannot be written (is the disk full?): {error}") from None
     words = [f"{name} {line[name]:.4g}" for name in SHOWN if name in line]
     print(f"{line.get('step', 0)}/{args.steps}", *words, sep="  ", flush=True)
+
+
+def announce(model, start_step, log, args):
+    """Prints the model's size and how far the run is; a new run begins its log with its flags."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done", flush=True)
+    if start_step == 0:
+        write_log({"settings": vars(args)}, log, args)
 
 
 # Model and held-out measures
@@ -205,7 +212,7 @@ def build_model(args, tokens, rank):
     weights = old.state_dict()
     *embeddings, no_class = weights["class_embedding.weight"]  # each (D,)
     names = old.config.classes
-    if len(names) == 1000 == sum(bool(re.fullmatch(r"n\d{8}", name)) for name in config.classes):
+    if len(names) == len(config.classes) == 1000 and config.classes[0] == "n01440764":
         names = config.classes  # ImageNet's n-numbers, whose order is that of its labels
     known = dict(zip(names, embeddings))
     kept = sum(name in known for name in config.classes)
@@ -223,17 +230,14 @@ def evaluate(ar, tokens, count, device, autocast):
     of `count` images."""
     count = min(count, len(tokens.codes))
     indices = torch.arange(count) * len(tokens.codes) // count  # spread over all classes
-    sums = defaultdict(float)
+    means = defaultdict(float)
     for chosen in indices.split(64):
         codes, labels = tokens.batch(chosen)
         with autocast:
             measures = ar.measure(codes.to(device), labels.to(device))
         for name, values in measures.items():
-            sums[f"val_{name}"] += values.sum().item() / count
-    return sums
-
-
-# The script
+            means[f"val_{name}"] += values.sum().item() / count
+    return means
 
 
 def parse_args():
@@ -247,8 +251,7 @@ def parse_args():
     flag("--init", metavar="AR", help="file to start from; its size counts, classes may be others")
     flag("--dropout", type=float, default=0.1, help="on embedding, attention and MLP outputs")
     flag("--weight_decay", type=float, default=0.03, help="on matrices only")
-    trainer_flags(parser, steps=1300, lr=1e-3, min_lr=1e-5, eval_images=2000)
-    return parse_trainer_args(parser, hold=0.25)
+    return parse_trainer_args(parser, hold=0.25, steps=1300, lr=1e-3, min_lr=1e-5, eval_images=2000)
 
 
 def main():
@@ -258,10 +261,9 @@ def main():
     rank, world_size, device, autocast = setup(args.device, args.dtype)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA
     out = Path(args.out)
-    cuda = device.type == "cuda"
     per_rank, micro = split_batch(args, world_size)
 
-    # Tokens, all of one tokenizer, of which --out gets a copy, so that it holds a pair
+    # Tokens, all of one tokenizer
     codes_path = Path(args.codes or out / "codes.safetensors")
     tokens = Tokens(codes_path)
     val_path = codes_path.with_stem(f"{codes_path.stem}_val")
@@ -278,10 +280,10 @@ def main():
                              "again, or give the tokenizer of these codes, or another --out")
     num_images, num_crops, length = tokens.codes.shape
 
-    if rank == 0:
-        open_out(out, "*ar*", "tokenizer*")
 
     # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL
+    if rank == 0:
+        open_out(out, "train_ar.pt", "ar.safetensors", "ar_best.safetensors")
     torch.manual_seed(args.seed)
     same = ("size", "dropout", "weight_decay", "batch_size", "seed")
     must_match = {name: getattr(args, name) for name in same} | {"tokens": tokens.digest}
@@ -297,18 +299,17 @@ def main():
         optimizer.load_state_dict(state.pop("optimizer"))
         start_step = state["step"]
         lowest = state["lowest"]
-    on_ctrl_c(start_step)
     log = out / "train_ar.jsonl"
+    on_ctrl_c(start_step, rank)
     if rank == 0:
-        if not own.exists():
+        if start_step == 0:
+            (out / "ar_best.safetensors").unlink(missing_ok=True)  # of an earlier run
+        if not own.exists():  # a copy, so that --out holds a pair
             with atomic_write(own) as temporary:
                 shutil.copyfile(tokenizer_path, temporary)
-        size = sum(p.numel() for p in ar.parameters()) / 1e6
         print(f"{codes_path}: {num_images} images of {len(tokens.classes)} classes x {num_crops} "
               f"crops x {length} codes")
-        print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done", flush=True)
-        if start_step == 0:
-            write_log({"settings": vars(args)}, log, args)
+        announce(ar, start_step, log, args)
 
     # The loop
     model = for_training(ar, args)
@@ -327,14 +328,12 @@ def main():
         torch.manual_seed((seed * world_size + rank) % 2**63)
         of_rank = slice(rank * per_rank, (rank + 1) * per_rank)
         first = (step - 1) * args.batch_size + rank * per_rank
-        images = visited_images(args.seed, first, per_rank, num_images)
+        indices = visited_images(args.seed, first, per_rank, num_images)
         crops = torch.randint(num_crops, (args.batch_size,), generator=generator)[of_rank]
         unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < CLASS_DROPOUT
-        codes, labels = tokens.batch(images, crops.numpy())
-        if cuda:
-            codes = codes.pin_memory()  # a large copy is asynchronous from pinned memory only
-        codes = codes.to(device, non_blocking=cuda)
-        labels = labels.masked_fill(unlabelled, ar.no_class).to(device, non_blocking=cuda)
+        codes, labels = tokens.batch(indices, crops.numpy())
+        codes = to_device(codes, device)
+        labels = to_device(labels.masked_fill(unlabelled, ar.no_class), device)
 
         # Forward and backward
         ce = torch.zeros((), device=device)

@@ -51,7 +51,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -59,11 +58,10 @@ from ar import AR, ARConfig
 from ar import SIZES as AR_SIZES
 from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches, psnr, random_crop,
                          save_grid, to_float, to_uint8, visited_images)
-from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, check_finite, finish, open_out,
-                       setup)
-from train_ar import (for_training, is_due, learning_rate, load_state, log_line,
-                      on_ctrl_c, parse_trainer_args, save_state, split_batch, trainer_flags,
-                      write_log)
+from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, average, check_finite, finish,
+                       open_out, setup, unit_norm)
+from train_ar import (announce, for_training, is_due, learning_rate, load_state, log_line,
+                      on_ctrl_c, parse_trainer_args, save_state, split_batch, to_device, write_log)
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
@@ -154,12 +152,6 @@ def lecam_penalty(logits_real, logits_fake, averages):
     return real_excess + fake_excess
 
 
-def unit_features(x, eps=1e-8):
-    """x (B, C, H, W) / |x| along C. The package lpips has its epsilon outside the root: where all
-    features are zero, as in black images, its gradient is NaN."""
-    return x * (x.square().sum(1, keepdim=True) + eps).rsqrt()
-
-
 class Perceptual(nn.Module):
     """The perceptual loss by name: none; vgg, which is LPIPS on VGG16; convnext, the mean squared
     difference of the 1,000 logits of ConvNeXt-S."""
@@ -170,7 +162,8 @@ class Perceptual(nn.Module):
         if name == "vgg":
             import lpips
 
-            lpips.normalize_tensor = unit_features
+            # Theirs has its epsilon outside the root: black images, whose features are 0, give NaN
+            lpips.normalize_tensor = functools.partial(unit_norm, dim=1, eps=1e-8)
             self.vgg = lpips.LPIPS(net="vgg", verbose=False)
         elif name == "convnext":
             import torchvision
@@ -198,9 +191,7 @@ def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     micro_share: of this micro-batch in the step; it moves LeCam's averages by it (decay 0.999)."""
     logits_real, logits_fake, r1 = discriminator(x, y, with_r1)
     means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
-    if dist.is_initialized():
-        dist.all_reduce(means)
-        means = means / dist.get_world_size()
+    average(means)
     discriminator.averages.lerp_(means, 0.001 * micro_share)
     lecam = lecam_penalty(logits_real, logits_fake, discriminator.averages)
     vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
@@ -266,7 +257,7 @@ def evaluate(picture, tokenizer, ar, labels, images, device, autocast):
     """Measures of held-out images uint8 (n, H, W, 3): PSNR in dB, for both codebooks how many codes
     are used and their perplexity, and with an AR model AR.measure. The first go to the file
     `picture`, above their reconstructions."""
-    sums = defaultdict(float)
+    means = defaultdict(float)
     all_codes = []
     for x, y_labels in zip(images.split(64), labels.split(64)):  # x (B, H, W, 3)
         with autocast:
@@ -277,19 +268,16 @@ def evaluate(picture, tokenizer, ar, labels, images, device, autocast):
             save_grid(picture, [x[:16], y[:16]])
         measures["psnr"] = psnr(x, y)
         for name, values in measures.items():
-            sums[f"val_{name}"] += values.sum().item() / len(images)
+            means[f"val_{name}"] += values.sum().item() / len(images)
         all_codes.append(codes)
     sizes = [tokenizer.config.num_prologue, tokenizer.config.num_visual]
     for group, codes in zip(("prologue", "visual"), torch.cat(all_codes).split(sizes, 1)):
         if codes.numel() > 0:
             _, uses = codes.unique(return_counts=True)
-            sums[f"val_usage_{group}"] = len(uses)
+            means[f"val_usage_{group}"] = len(uses)
             entropy = torch.special.entr(uses / uses.sum()).sum()
-            sums[f"val_perplexity_{group}"] = entropy.exp().item()
-    return sums
-
-
-# The script
+            means[f"val_perplexity_{group}"] = entropy.exp().item()
+    return means
 
 
 def parse_args():
@@ -326,8 +314,9 @@ def parse_args():
     flag("--gan_weight", type=float, default=0.02, help="0 trains without a discriminator")
     flag("--gan_channels", type=int, default=16, help="width of the discriminator")
 
-    trainer_flags(parser, steps=1600, lr=5e-4, min_lr=5e-5, eval_images=1000)
-    args = parse_trainer_args(parser, hold=0.5)
+    args = parse_trainer_args(parser, "image_size", "patch_size", "codebook_size", "code_dim",
+                              "gan_channels", hold=0.5, steps=1600, lr=5e-4, min_lr=5e-5,
+                              eval_images=1000)
     if args.layout == "post" and args.init is None:
         parser.error("--layout post needs --init TOKENIZER, a trained 2d one, to add a prologue to")
     if args.direct_ce and args.layout not in ("1d", "2d"):
@@ -363,7 +352,7 @@ def main():
 
     # State of an earlier run
     if rank == 0:
-        open_out(out, "*tokenizer*", "*ar*", "train_stage1*")
+        open_out(out, "train_stage1.pt", "tokenizer.safetensors", "joint_ar.safetensors")
     torch.manual_seed(args.seed)
     same = ("size", "layout", *MODEL_FLAGS, "ar_size", "onestage", "direct_ce", "crop", "flip",
             "gan_channels", "batch_size", "seed")
@@ -407,17 +396,14 @@ def main():
         for part, saved in zip(stateful, state.pop("parts")):
             part.load_state_dict(saved)
         start_step = state["step"]
-    on_ctrl_c(start_step)
     log = out / "train_stage1.jsonl"
+    on_ctrl_c(start_step, rank)
     if rank == 0:
-        size = sum(p.numel() for p in tokenizer.parameters()) / 1e6
         print(f"training on {images}")
         print(f"measuring {val_images}{'' if val_data else ', none are held out'}")
         if args.eval_images > 0:
             val_labels, val_crops = held_out(val_images, tokenizer.config.image_size, args)
-        print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done", flush=True)
-        if start_step == 0:
-            write_log({"settings": vars(args)}, log, args)
+        announce(tokenizer, start_step, log, args)
 
     # Numbers of the visits of each micro-batch, whose images a loader reads ahead of the loop
     steps = range(start_step + 1, args.steps + 1)
@@ -442,27 +428,24 @@ def main():
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) % 2**63)
         of_rank = slice(rank * per_rank, (rank + 1) * per_rank)
         drop = torch.rand(args.batch_size, generator=generator)[of_rank] < args.visual_dropout
-        unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < CLASS_DROPOUT
         labels = torch.zeros(per_rank, dtype=torch.int64)  # a joint AR model knows no classes
         if args.onestage:
             first = (step - 1) * args.batch_size + rank * per_rank
             labels = images.labels[visited_images(args.seed, first, per_rank, len(images))]
+            unlabelled = torch.rand(args.batch_size, generator=generator)[of_rank] < CLASS_DROPOUT
             labels = labels.masked_fill(unlabelled, ar.no_class)
-        labels = labels.to(device, non_blocking=cuda)
-        drop = drop.to(device, non_blocking=cuda)
+        labels = to_device(labels, device)
+        drop = to_device(drop, device)
 
         terms = defaultdict(float)  # of the loss, for the log
         for i in range(0, per_rank, micro):
             # A micro-batch of images
-            x = next(loader)  # (B, H, W, 3) uint8
-            if cuda:
-                x = x.pin_memory()  # a large copy is asynchronous from pinned memory only
-            x = to_float(x.to(device, non_blocking=cuda))  # (B, 3, H, W)
+            x = to_float(to_device(next(loader), device))  # (B, 3, H, W) of uint8 (B, H, W, 3)
             model.require_backward_grad_sync = i + micro == per_rank  # of DDP: once per step
 
             # Tokenizer and joint AR model
             with autocast:
-                y, quantizer, ce = model(x, labels[i : i + micro], drop[i : i + micro])
+                y, vq_losses, ce = model(x, labels[i : i + micro], drop[i : i + micro])
             l1 = perceptual = gan = torch.zeros((), device=device)
             if y is not None:
                 l1 = F.l1_loss(y, x)
@@ -472,32 +455,31 @@ def main():
                 with autocast:
                     gan = F.softplus(-discriminator.net(y).float()).mean()
                 discriminator.requires_grad_(True)
-            loss = l1 + sum(quantizer.values()) + perceptual + args.gan_weight * gan + ce
+            loss = l1 + sum(vq_losses.values()) + perceptual + args.gan_weight * gan + ce
             (loss * micro_share).backward()
-            losses = dict(l1=l1, perceptual=perceptual, gan=gan, ce=ce) | quantizer
+            losses = dict(l1=l1, perceptual=perceptual, gan=gan, ce=ce) | vq_losses
 
             # Discriminator, on the same images and reconstructions
             if args.gan_weight > 0:
                 with_r1 = step % R1_EVERY == 0  # differentiates twice: not in bf16
                 with contextlib.nullcontext() if with_r1 else autocast:
-                    loss, more = discriminator_loss(discriminator, x, y, with_r1,
-                                                    micro_share)
-                (loss * micro_share).backward()
-                losses |= more
+                    d_loss, d_terms = discriminator_loss(discriminator, x, y, with_r1, micro_share)
+                (d_loss * micro_share).backward()
+                losses |= d_terms
             for name, value in losses.items():
                 terms[name] += value.detach() * micro_share
 
         # Step and EMA
-        if world_size > 1 and args.gan_weight > 0:
+        if args.gan_weight > 0:
             for p in discriminator.parameters():
-                dist.all_reduce(p.grad)
-                p.grad /= world_size
+                average(p.grad)
         for optimizer in optimizers:
             optimizer.step()
         update_ema(ema, tokenizer, min(EMA_HALF_LIFE, 0.1 * step))
 
         # Log
         if is_due(args.log_every, step, args):
+            # An infinite limit: it only measures
             terms["grad_norm"] = nn.utils.clip_grad_norm_(stage1.parameters(), torch.inf)
             seconds = (time.perf_counter() - clock) / (step - start_step)
             line = log_line(step, lr, terms, seconds, args)
@@ -513,7 +495,8 @@ def main():
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
         if rank == 0 and is_due(args.save_every, step, args):
-            check_finite(f"step {step}", dict(nn.ModuleList(stateful[:3]).named_parameters()))
+            for module in (stage1, ema, discriminator):
+                check_finite(f"step {step}", module.state_dict())
             result.save(out / "tokenizer.safetensors")
             if ar is not None:
                 ar.config.tokenizer = result.config.fingerprint if args.onestage else ""

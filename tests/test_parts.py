@@ -236,7 +236,7 @@ def test_init_keeps_the_embeddings_of_imagenet(tmp_path, capsys):
     config = ARConfig.for_tokenizer(CONFIG, layers=1, dim=32, head_dim=32, num_classes=1000,
                                     classes=[f"name {i}" for i in range(1000)])
     AR(config).save(tmp_path / "ar.safetensors")
-    numbers = [f"n{i:08}" for i in range(1000)]
+    numbers = [f"n{i:08}" for i in range(1440764, 1441764)]
     args = SimpleNamespace(size="nano", dropout=0, init=tmp_path / "ar.safetensors")
     for classes, kept in ((numbers, 1000), (numbers[1:], 0), (["name 3", "cat"], 1)):
         build_model(args, SimpleNamespace(config=CONFIG, classes=classes), rank=0)
