@@ -44,6 +44,8 @@ ROWS = {
     "2d": Row("--layout 2d"),
     "2d, classes": Row(tokenizer="2d", classes=True),
     "prologue": Row("--layout prologue --tau 1"),
+    "prologue, lambda 1": Row("--layout prologue --tau 1 --ce_weight 1"),
+    "prologue, lambda 6": Row("--layout prologue --tau 1 --ce_weight 6"),
     "post": Row("--layout post --tau 1", init="2d"),
     "constant": Row(tokenizer="post", prologue="constant"),
     "the class": Row(tokenizer="post", prologue="class"),
