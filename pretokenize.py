@@ -165,10 +165,12 @@ def about_tokens(tokenizer, images, crop, flip, partner):
 @torch.no_grad()
 def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
     """Writes codes (images, crops, K+N) uint16 and labels (images,) to the file `target`."""
-    made = read_safetensors(target, "codes")[1] if target.exists() else {}
+    tensors, made = read_safetensors(target, "codes") if target.exists() else ({}, {})
     if made.get("digest") == about["digest"]:
         if rank == 0:
             print(f"{target} is up to date", flush=True)
+            if made != about:  # the same images have moved
+                save_checkpoint(target, "codes", tensors, about)
         return
 
     # In numbered parts, every rank its own; those of an earlier run with the same settings stay
@@ -258,6 +260,7 @@ def open_image(file, archive=None):
             if image.mode in ("F", "I"):
                 raise SystemExit(f"{place} holds floats or 32-bit integers, whose range is unknown:"
                                  " save it with 8 or 16 bits")
+            image.load()  # Pillow turns some kinds itself now, and their orientation is gone
             image = upright(image)
             if image.mode.startswith("I;16"):  # PIL would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -347,8 +350,9 @@ class Images:
         self.names = [name for name in visible if extension(name) in EXTENSIONS]
         self.places = [found[name] for name in self.names]
         others = [name for name in visible if extension(name) not in EXTENSIONS]
-        counts = collections.Counter(map(extension, others)).most_common(5)
-        self.left_out = "".join(f", left out: {count} {end or 'others'}" for end, count in counts)
+        counts = collections.Counter(extension(name) or "others" for name in others).most_common(5)
+        self.left_out = ", left out: " if others else ""
+        self.left_out += ", ".join(f"{count} {name}" for name, count in counts)
         if ".heic" in self.left_out:
             self.left_out += " (for .heic: pip install pillow-heif)"
         if not self.names:
@@ -461,9 +465,6 @@ def main():
     rank, world_size, device, _ = setup(args.device, timeout_hours=12)
     out = Path(args.out)
     tokenizer = Tokenizer.load(args.tokenizer or out / "tokenizer.safetensors").to(device)
-    if max(tokenizer.config.codebook_size, tokenizer.config.prologue_codebook_size) > 2**16:
-        raise SystemExit("a token file holds codes below 65,536: a codebook of the tokenizer is "
-                         "larger")
 
     # Images
     images = Images(args.data)
@@ -474,7 +475,8 @@ def main():
         print(f"held out: {val_images}" if val_data else "no held-out images")
     if val_images and val_images.classes != images.classes:
         other = sorted(set(images.classes) ^ set(val_images.classes))
-        raise SystemExit(f"{val_data} and {args.data}: the class {other[0]} is in one of them only")
+        raise SystemExit(f"{val_data} and {args.data}: the class {other[0]!r} is in one of them "
+                         "only")
 
     # Tokens: held-out images first, with one crop each, because they are few
     if rank == 0:
@@ -494,6 +496,7 @@ def main():
     if rank == 0:
         for folder in out.glob("codes*.parts"):
             shutil.rmtree(folder)
+        print(f"done. Next: python train_ar.py --out {out}")
 
 
 if __name__ == "__main__":

@@ -307,7 +307,10 @@ class TokenizerConfig:
         if self.layout in ("1d", "2d"):
             self.num_prologue = 0
             self.prologue_codebook_size = 0
-        elif self.num_prologue < 1:
+        if max(self.codebook_size, self.prologue_codebook_size) > 2**16:
+            raise SystemExit("--codebook_size and --prologue_codebook_size are 65,536 at most: a "
+                             "token file holds 16 bits a code")
+        if self.layout in ("prologue", "post") and self.num_prologue < 1:
             raise SystemExit(f"the layout {self.layout} has 1 or more prologue tokens; 2d has none")
 
     @property
@@ -560,7 +563,8 @@ def setup(device="auto", dtype="fp32", timeout_hours=1):
         if torch.accelerator.is_available():
             device = torch.accelerator.current_accelerator().type  # cuda, or mps on a Mac
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % torch.cuda.device_count())))
+        cards = torch.cuda.device_count() or 1
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % cards)))
     device = torch.device(device)
     if world_size > 1:
         # Losses and gradients travel by nccl between GPUs, what is on the CPU by gloo.

@@ -36,9 +36,11 @@ from tokenizer import (Transformer, atomic_write, average, check_finite, check_f
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.9, 0.96)  # of AdamW
-# What people watch of the log's numbers
-SHOWN = ("images_per_s", "minutes_left", "l1", "vq", "ce", "discriminator", "nats", "val_psnr",
-         "val_nats", "val_nats_prologue", "val_usage_visual")
+# What people watch of the log's numbers, and its name on a terminal
+SHOWN = {"images_per_s": "images/s", "minutes_left": "min left", "l1": "l1", "vq": "vq",
+         "perceptual": "perceptual", "ce": "ce", "discriminator": "D", "nats": "nats",
+         "val_psnr": "held out: PSNR", "val_nats": "held-out nats", "val_nats_prologue": "prologue",
+         "val_nats_visual": "visual"}
 
 
 # What both trainers share: flags, state, learning rate, log
@@ -64,7 +66,7 @@ def parse_trainer_args(parser, *positive, hold, **defaults):
     # Machine and files
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--overwrite", action="store_true", help="start anew over the run in --out")
+    flag("--overwrite", action="store_true", help="start anew in place of what is in --out")
     flag("--log_every", type=int, default=50, help="steps between lines of the log; here and "
          "for the next 0 means at the end only")
     flag("--eval_every", type=int, default=400, help="steps between held-out measures")
@@ -100,15 +102,13 @@ def on_ctrl_c(step, rank=0):
     signal.signal(signal.SIGINT, lambda *_: sys.exit(line if rank == 0 else 1))
 
 
-def load_state(path, must_match, args):
-    """The state that a trainer saved at `path`, or None. With --resume, what `must_match` is as
-    then. All ranks do as the first, also where copies of the data differ from node to node."""
-    there, must_match = of_first_rank((path.exists(), must_match))
-    if there and not (args.resume or args.overwrite):
-        raise SystemExit(f"{path} is of a run in this folder: go on with --resume, take another "
-                         "--out, or replace the run with --overwrite")
-    if args.overwrite:
-        path.unlink(missing_ok=True)
+def load_state(path, weights, must_match, args):
+    """The state that a trainer saved at `path` after its `weights`, or None. With --resume, what
+    `must_match` is as then. All ranks do as the first: copies of data differ from node to node."""
+    there, old_weights, must_match = of_first_rank((path.exists(), weights.exists(), must_match))
+    if (there or old_weights) and not (args.resume or args.overwrite):
+        raise SystemExit(f"{weights} is there already: go on with --resume, take another --out, or "
+                         "replace it with --overwrite")
     if not there or args.overwrite:
         return None
     try:
@@ -116,19 +116,22 @@ def load_state(path, must_match, args):
     except Exception:  # torch would advise to unpickle freely
         raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
     for name, value in must_match.items():
-        before = state.get("must_match", {}).get(name)
+        before = (state.get("config", {}) | state.get("must_match", {})).get(name)
         if before != value:
-            raise SystemExit(f"--resume: {path} was made with {name} {before} and not {value}; to "
-                             "go on from its weights otherwise, use --init and another --out")
+            raise SystemExit(f"--resume: {path} was made with other {name}, {before} and not "
+                             f"{value}; --init goes on from its weights, into another --out")
     return state
 
 
-def save_state(path, state, optimizers):
-    """Everything that --resume needs. Nothing in it may be broken for ever, as a moment of Adam's
-    that is not finite would be."""
+def check_moments(step, optimizers):
+    """Ends the run if a moment of Adam's is not finite, which would freeze a weight for ever."""
     for optimizer in optimizers:
         for moments in optimizer.state.values():
-            check_finite(f"step {state['step']}, Adam", moments)
+            check_finite(f"step {step}, Adam", moments)
+
+
+def save_state(path, state):
+    """Everything that --resume needs."""
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
     on_ctrl_c(state["step"])
@@ -183,7 +186,7 @@ def write_log(line, path, args):
             print(json.dumps(line), file=log)
     except OSError as error:
         raise SystemExit(f"{path} cannot be written (is the disk full?): {error}") from None
-    words = [f"{name} {line[name]:.4g}" for name in SHOWN if name in line]
+    words = [f"{line[name]:.4g} {text}" for name, text in SHOWN.items() if line.get(name)]
     print(f"{line.get('step', 0)}/{args.steps}", *words, sep="  ", flush=True)
 
 
@@ -192,6 +195,7 @@ def announce(model, start_step, log, args):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done", flush=True)
     if start_step == 0:
+        log.with_suffix(".pt").unlink(missing_ok=True)  # the state of what is replaced
         write_log({"settings": vars(args)}, log, args)
 
 
@@ -207,6 +211,8 @@ def build_model(args, tokens, rank):
     if args.init is None:
         return AR(config)
     old = AR.load(args.init)
+    if old.config.tokenizer not in ("", config.tokenizer):
+        raise SystemExit(f"--init {args.init} was trained on codes of another tokenizer")
     sizes = {name: getattr(old.config, name) for name in ("layers", "dim", "head_dim", "preset")}
     ar = AR(replace(config, **sizes))
     weights = old.state_dict()
@@ -287,7 +293,7 @@ def main():
     torch.manual_seed(args.seed)
     same = ("size", "dropout", "weight_decay", "batch_size", "seed")
     must_match = {name: getattr(args, name) for name in same} | {"tokens": tokens.digest}
-    state = load_state(out / "train_ar.pt", must_match, args)
+    state = load_state(out / "train_ar.pt", out / "ar.safetensors", must_match, args)
     ar = AR(ARConfig(**state["config"])) if state else build_model(args, tokens, rank)
     ar.to(device)
     optimizer = torch.optim.AdamW(ar.parameter_groups(args.weight_decay), lr=args.lr,
@@ -373,11 +379,12 @@ def main():
 
         # Save, after the measures: a run that is killed while measuring goes on from before them
         if rank == 0 and is_due(args.save_every, step, args):
+            check_moments(step, [optimizer])
             ar.save(out / "ar.safetensors")
             state = dict(step=step, steps=args.steps, lowest=lowest, must_match=must_match,
                          config=asdict(ar.config), ar=ar.state_dict(),
                          optimizer=optimizer.state_dict())
-            save_state(out / "train_ar.pt", state, [optimizer])
+            save_state(out / "train_ar.pt", state)
 
     if rank == 0:
         print(f"done: {out / 'ar.safetensors'}. Next: python sample.py --out {out}")

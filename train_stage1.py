@@ -60,8 +60,9 @@ from pretokenize import (BUNDLED, Images, center_crop, default_val, load_batches
                          save_grid, to_float, to_uint8, visited_images)
 from tokenizer import (LAYOUTS, SIZES, Tokenizer, TokenizerConfig, average, check_finite, finish,
                        open_out, setup, unit_norm)
-from train_ar import (announce, for_training, is_due, learning_rate, load_state, log_line,
-                      on_ctrl_c, parse_trainer_args, save_state, split_batch, to_device, write_log)
+from train_ar import (announce, check_moments, for_training, is_due, learning_rate, load_state,
+                      log_line, on_ctrl_c, parse_trainer_args, save_state, split_batch, to_device,
+                      write_log)
 
 CLASS_DROPOUT = 0.1  # share of images that --onestage trains without their class
 EMA_HALF_LIFE = 1000  # steps; at most a tenth of the steps so far
@@ -206,6 +207,8 @@ def build_tokenizer(args):
     changed = {name: value for name, value in vars(args).items() if name in MODEL_FLAGS}
     config = TokenizerConfig(**SIZES[args.size], layout=args.layout)
     if args.init is None:
+        if args.layout == "post":
+            raise SystemExit("--layout post needs --init TOKENIZER, a trained 2d one")
         return Tokenizer(replace(config, **changed))
     old = Tokenizer.load(args.init)
     if (old.config.layout, args.layout) == ("2d", "post"):
@@ -218,7 +221,10 @@ def build_tokenizer(args):
         raise SystemExit(f"--init {args.init} has the layout {old.config.layout}: give --layout "
                          f"{old.config.layout} to train it on (only a 2d one can change, to post)")
     tokenizer = Tokenizer(replace(config, fingerprint="", **changed))
-    tokenizer.load_state_dict(old.state_dict(), strict=False)  # the layout post has more
+    try:
+        tokenizer.load_state_dict(old.state_dict(), strict=False)  # the layout post has more
+    except RuntimeError:
+        raise SystemExit(f"--init {args.init} has other sizes than {changed}") from None
     return tokenizer
 
 
@@ -288,7 +294,8 @@ def parse_args():
 
     # Data
     flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
-    flag("--val_data", help="held-out images; else the folder val beside train, else --data")
+    flag("--val_data", help="held-out images; else val, valid or validation beside train, "
+         "else --data")
     flag("--crop", default="center", choices=["center", "random"], help="random is ADM's")
     flag("--flip", action="store_true", help="mirror half of the images")
     flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
@@ -315,10 +322,8 @@ def parse_args():
     flag("--gan_channels", type=int, default=16, help="width of the discriminator")
 
     args = parse_trainer_args(parser, "image_size", "patch_size", "codebook_size", "code_dim",
-                              "gan_channels", hold=0.5, steps=1600, lr=5e-4, min_lr=5e-5,
-                              eval_images=1000)
-    if args.layout == "post" and args.init is None:
-        parser.error("--layout post needs --init TOKENIZER, a trained 2d one, to add a prologue to")
+                              "prologue_codebook_size", "gan_channels", hold=0.5, steps=1600,
+                              lr=5e-4, min_lr=5e-5, eval_images=1000)
     if args.direct_ce and args.layout not in ("1d", "2d"):
         parser.error("--direct_ce is for the layouts 1d and 2d")
     if args.onestage and args.layout not in ("prologue", "post"):
@@ -356,10 +361,11 @@ def main():
     torch.manual_seed(args.seed)
     same = ("size", "layout", *MODEL_FLAGS, "ar_size", "onestage", "direct_ce", "crop", "flip",
             "gan_channels", "batch_size", "seed")
-    must_match = {name: getattr(args, name, None) for name in same}
+    must_match = {name: value for name, value in vars(args).items() if name in same}
     # On another type of device Adam's moments would have another memory layout
-    must_match |= {"images' names, sizes and labels": images.digest(), "device": device.type}
-    state = load_state(out / "train_stage1.pt", must_match, args)
+    must_match |= {"images (names, sizes, labels)": images.digest(), "device": device.type}
+    weights = out / "tokenizer.safetensors"
+    state = load_state(out / "train_stage1.pt", weights, must_match, args)
 
     # Models, equal on all ranks
     if state:
@@ -378,7 +384,11 @@ def main():
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     result = tokenizer if args.onestage else ema  # the weights that are used afterwards
     memory = dict(memory_format=torch.channels_last) if cuda else {}
-    perceptual_loss = Perceptual(args.perceptual).to(device, **memory)
+    try:
+        perceptual_loss = Perceptual(args.perceptual).to(device, **memory)
+    except OSError as error:
+        raise SystemExit(f"--perceptual {args.perceptual}: its weights cannot be downloaded "
+                         f"({error}); README.md says what to fetch") from None
     discriminator = Discriminator(args.gan_channels).to(device, **memory)
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
 
@@ -497,18 +507,20 @@ def main():
         if rank == 0 and is_due(args.save_every, step, args):
             for module in (stage1, ema, discriminator):
                 check_finite(f"step {step}", module.state_dict())
-            result.save(out / "tokenizer.safetensors")
+            check_moments(step, optimizers)
+            result.save(weights)
             if ar is not None:
                 ar.config.tokenizer = result.config.fingerprint if args.onestage else ""
                 ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
             state = dict(step=step, steps=args.steps, must_match=must_match,
                          config=asdict(tokenizer.config),
                          parts=[part.state_dict() for part in stateful])
-            save_state(out / "train_stage1.pt", state, optimizers)
+            save_state(out / "train_stage1.pt", state)
 
     if rank == 0:
         script = "sample.py" if args.onestage else "pretokenize.py"
-        print(f"done: {out / 'tokenizer.safetensors'}. Next: python {script} --out {out}")
+        data = "" if args.onestage else f"--data {args.data} "
+        print(f"done: {weights}. Next: python {script} {data}--out {out}")
     finish()
 
 

@@ -8,6 +8,7 @@
 LAUNCH=${LAUNCH:-python}
 source "$(dirname "$0")/common.sh"
 dir=${1:?give the folder of a run}
+[[ $DRY || -d $dir ]] || { echo "$dir is no folder" >&2; exit 1; }
 copy=$dir/watch  # what is measured: the run may save again meanwhile
 
 saved() {  # STATE FILE: a whole save that is not measured yet; trainers save the state last

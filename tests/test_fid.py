@@ -120,7 +120,7 @@ def test_reconstructions(sides):
 def test_samples_in_the_order_of_classes_get_a_note(sides, capsys):
     many = np.resize(sides[0].numpy(), (5001, 28, 28, 3))
     for labels, noted in ((np.arange(5001) // 500, True), (np.arange(5001) % 10, False)):
-        np.savez("many.npz", arr_0=many, arr_1=labels)
+        np.savez(f"{noted}.npz", arr_0=many, arr_1=labels)
         with mock.patch.object(fid, "extract", side_effect=SystemExit), pytest.raises(SystemExit):
-            scores("many.npz", "val")
-        assert ("many.npz is sorted by class" in capsys.readouterr().err) == noted
+            scores(f"{noted}.npz", "val")
+        assert (f"{noted}.npz is sorted by class" in capsys.readouterr().err) == noted

@@ -61,9 +61,10 @@ def test_pixels_are_those_that_a_viewer_shows(tmp_path):
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        photo.save(tmp_path / "viewed.png", exif=exif)
-        viewed = ImageOps.exif_transpose(Image.open(tmp_path / "viewed.png"))
-        assert np.array_equal(open_image(tmp_path / "viewed.png"), viewed)
+        for file in ("viewed.png", "viewed.tif"):  # Pillow turns a TIFF itself
+            photo.save(tmp_path / file, exif=exif)
+            viewed = ImageOps.exif_transpose(Image.open(tmp_path / file))
+            assert np.array_equal(open_image(tmp_path / file), viewed)
     (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(SystemExit, match="script.png cannot be read as an image"):
         open_image(tmp_path / "script.png")  # and Ghostscript is not asked
@@ -100,8 +101,7 @@ def test_what_counts_as_an_image_and_as_a_class(tmp_path, end):
 def test_photos_that_are_left_out_are_counted(tmp_path):
     mine = files(tmp_path / "mine", "cat/1.png", "cat/2.xyz", "cat/3.xyz", "dog/4.xyz", "LICENSE")
     said = str(Images(mine))
-    assert said.endswith("1 images of 1 classes, left out: 3 .xyz, left out: 1 others, and so all "
-                         "of dog")
+    assert said.endswith("1 images of 1 classes, left out: 3 .xyz, 1 others, and so all of dog")
     files(tmp_path / "mine.zip", "cat/1.png", "cat/2.xyz")
     assert str(Images(tmp_path / "mine.zip")).endswith("1 classes, left out: 1 .xyz")
 
@@ -164,7 +164,7 @@ def test_images_replaced_under_their_names_are_noticed_and_copies_are_not(tmp_pa
     call(*words, "--steps", 2, "--resume")
     Image.new("L", (28, 28)).save(mine / "cat" / "1.png")
     said = refusal(*words, "--resume")
-    assert "was made with images' names, sizes and labels" in said and "use --init" in said
+    assert "was made with other images (names, sizes, labels)" in said and "--init" in said
     table = files(tmp_path / "kaggle", "LOC_val_solution.csv", "val/a.JPEG", "val/b.JPEG")
     digest = Images(table / "val").digest()
     (table / "LOC_val_solution.csv").write_text(TABLE.replace("b,n1", "b,n2"))
@@ -181,16 +181,20 @@ def test_tokens_of_two_runs_are_told_apart(tmp_path):
     train = ["train_ar", "--out", tmp_path, *STEPS, "--overwrite"]
     assert "codes.safetensors are of two runs of pretokenize.py" in refusal(*train)
     call(*words)
+    (tmp_path / "b").rename(tmp_path / "moved")
+    words[2] = tmp_path / "moved" / "train"
     assert "is up to date" in printed(*words)
+    codes = tmp_path / "codes.safetensors"
+    assert read_safetensors(codes, "codes")[1]["data"] == str(words[2])
     assert not list(tmp_path.glob("*.parts"))
     call(*train)
-    tensors, about = read_safetensors(tmp_path / "codes.safetensors", "codes")
+    tensors, about = read_safetensors(codes, "codes")
     for name, last in (("codes", (0, 0, 7)), ("labels", 5)):
         spoiled = {key: tensor.clone() for key, tensor in tensors.items()}
         spoiled[name][last] = 64 if name == "codes" else 3
-        save_checkpoint(tmp_path / "codes.safetensors", "codes", spoiled, about)
+        save_checkpoint(codes, "codes", spoiled, about)
         with pytest.raises(SystemExit, match="codes beyond their codebook, or labels beyond"):
-            Tokens(tmp_path / "codes.safetensors")
+            Tokens(codes)
 
 
 def stop_at_train(calls, images, index, size, crop, flip):
@@ -247,7 +251,13 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("cannot be written to", *stage1, cow, "--out", state),
         ("cannot be written to", *draw, "--out", state / "below"),
         ("1 or more prologue tokens", *stage1, cow, "--num_prologue", 0, "--onestage"),
-        ("is of a run in this folder: go on", *stage1, cow, "--out", pair),
+        ("is there already: go on with --resume", *stage1, cow, "--out", pair),
+        ("is there already: go on with --resume", *trainer("train_ar", pair)),
+        ("codes of another tokenizer", *trainer("train_ar", tmp_path / "out"), "--init",
+         ROOT / "checkpoints" / "fashion_mnist" / "ar.safetensors"),
+        ("has other sizes than {'patch_size': 7}", *stage1, cow, "--patch_size", 7, "--init",
+         pair / "tokenizer.safetensors"),
+        ("are 65,536 at most", *stage1, cow, "--codebook_size", 70_000),
         ("notes.zip holds no images", *stage1, files(made / "notes.zip", "notes.csv")),
         ("a dataset of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
         ("1.png beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
@@ -256,7 +266,7 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("half.png cannot be read as an image", *stage1, made / "broken"),
         ("28 is not a multiple of the patch size 5", *stage1, cow, "--patch_size", 5),
         ("does not divide into 1 ranks", *stage1, cow, "--micro_batch_size", 3),
-        ("cat is in one of them only", "pretokenize", *other, *out, "--data", cow, "--val_data",
+        ("'cat' is in one of them only", "pretokenize", *other, *out, "--data", cow, "--val_data",
          made / "broken"),
         ("are of two tokenizers", *trainer("train_ar", tmp_path / "out"), *other),
         ("not a whole training state", *trainer("train_ar", made), "--resume"),

@@ -193,7 +193,10 @@ def test_a_run_that_is_cut_or_killed_ends_as_one_that_never_was(tmp_path, name):
         assert log(out / f"{name}.jsonl") == log(pipeline() / f"{name}.jsonl")
         for file, content in contents(out, "*.safetensors").items():
             assert content == (pipeline() / file).read_bytes(), file
-    assert "was made with seed 0 and not 1" in refusal(*killed, "--seed", 1)
+    assert "was made with other seed, 0 and not 1" in refusal(*killed, "--seed", 1)
+    if name == "train_stage1":
+        call(*killed, "--tau", 0.1)  # as it is without the flag
+        assert "other tau, 0.1 and not 1.0" in refusal(*killed, "--tau", 1)
 
 
 def test_pretokenize_goes_on_from_its_parts(tmp_path, monkeypatch):
@@ -271,15 +274,21 @@ def test_a_rank_that_fails_or_is_killed_ends_the_other(tmp_path):
 
 
 def test_init_goes_on_with_other_classes_and_other_images(tmp_path):
-    still = ["--lr", 0, "--min_lr", 0, "--steps", 1, "--init"]  # ends as it begins
-    for name, file in zip(TRAINERS, ("tokenizer.safetensors", "ar.safetensors")):
-        call(*trainer(name, tmp_path / name), *still, SHIPPED / file)
-        expected = load_file(SHIPPED / file)
-        if name == "train_ar":
-            embedding = "class_embedding.weight"  # of ten classes, and of none
-            _, bag, *_, no_class = expected[embedding]
-            expected[embedding] = torch.stack([bag, no_class, no_class])
-        torch.testing.assert_close(load_file(tmp_path / name / file), expected, rtol=0, atol=0)
+    still = ["--lr", 0, "--min_lr", 0, "--steps", 1]  # ends as it begins
+    tokenizer, ar = (SHIPPED / name for name in ("tokenizer.safetensors", "ar.safetensors"))
+    call(*trainer("train_stage1", tmp_path / "stage1"), *still, "--init", tokenizer)
+    expected = load_file(tokenizer)
+    found = load_file(tmp_path / "stage1" / "tokenizer.safetensors")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    call("pretokenize", "--data", folder() / "train", "--tokenizer", tokenizer, "--out", tmp_path)
+    words = ["train_ar", "--out", tmp_path, "--tokenizer", tokenizer, *STEPS, *still]
+    call(*words, "--init", ar)
+    expected = load_file(ar)
+    embedding = "class_embedding.weight"  # of ten classes, and of none
+    _, bag, *_, no_class = expected[embedding]
+    expected[embedding] = torch.stack([bag, no_class, no_class])
+    found = load_file(tmp_path / "ar.safetensors")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name, limit", [("train_ar", 5_000_000), *(
