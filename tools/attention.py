@@ -28,7 +28,7 @@ import fid
 import tokenizer as tokenizer_file
 from pretokenize import Images, center_crop, to_float, to_uint8
 from sample import class_numbers, default_preset, draw, load_pair, pair_folder, preset_settings
-from tokenizer import atomic_write, check_flags
+from tokenizer import atomic_write, check_flags, open_out
 
 
 def attention_weights(ar, codes, labels):
@@ -130,7 +130,7 @@ def main():
          help="names or numbers of the drawn images' classes; else ten of all")
     args = parser.parse_args()
     check_flags(parser, args, "images")
-    out = Path(args.out)
+    out = open_out(args.out)
     pair = pair_folder(args.pair)
     tokenizer, ar = load_pair(pair, "cpu")
     num_prologue = ar.config.num_prologue

@@ -24,7 +24,7 @@ import fid
 from ar import SCHEDULES
 from sample import (PRESETS, decode, default_preset, draw, load_pair, pair_folder,
                     preset_settings)
-from tokenizer import atomic_write, check_flags, setup
+from tokenizer import atomic_write, check_flags, open_out, setup
 
 # What can be swept: keyword arguments of AR.generate
 SETTINGS = dict(cfg_visual=float, cfg_prologue=float, cfg_schedule=str, cfg_power=float,
@@ -75,7 +75,7 @@ def main():
     args = parser.parse_args()
     check_flags(parser, args, "num_samples", "batch_size")
     axes = read_axes(args.axes)
-    out = Path(args.out)
+    out = open_out(args.out)
     pair = pair_folder(args.pair)
     _, _, device, _ = setup(args.device)
     tokenizer, ar = load_pair(pair, device)
