@@ -186,7 +186,7 @@ def write_log(line, path, args):
             print(json.dumps(line), file=log)
     except OSError as error:
         raise SystemExit(f"{path} cannot be written (is the disk full?): {error}") from None
-    words = [f"{line[name]:.4g} {text}" for name, text in SHOWN.items() if line.get(name)]
+    words = [f"{text} {line[name]:.4g}" for name, text in SHOWN.items() if line.get(name)]
     print(f"{line.get('step', 0)}/{args.steps}", *words, sep="  ", flush=True)
 
 
