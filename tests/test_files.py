@@ -66,7 +66,7 @@ def test_pixels_are_those_that_a_viewer_shows(tmp_path):
             viewed = ImageOps.exif_transpose(Image.open(tmp_path / file))
             assert np.array_equal(open_image(tmp_path / file), viewed)
     (tmp_path / "script.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
-    with pytest.raises(SystemExit, match="script.png cannot be read as an image"):
+    with pytest.raises(SystemExit, match="script.png cannot be .*: cannot identify"):
         open_image(tmp_path / "script.png")  # and Ghostscript is not asked
     for mode in ("F", "I"):
         with pytest.raises(SystemExit, match=f"{mode}.tiff holds floats or 32-bit integers"):
@@ -251,7 +251,7 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("cannot be written to", *stage1, cow, "--out", state),
         ("cannot be written to", *draw, "--out", state / "below"),
         ("1 or more prologue tokens", *stage1, cow, "--num_prologue", 0, "--onestage"),
-        ("is there already: go on with --resume", *stage1, cow, "--out", pair),
+        ("is there already: go on with --resume", *stage1, cow, "--out", made / "mixed"),
         ("is there already: go on with --resume", *trainer("train_ar", pair)),
         ("codes of another tokenizer", *trainer("train_ar", tmp_path / "out"), "--init",
          ROOT / "checkpoints" / "fashion_mnist" / "ar.safetensors"),

@@ -255,7 +255,8 @@ def test_samples_depend_on_seed_and_number_alone(tmp_path):
     words = ["sample", "--pair", pipeline(), "--num_samples", 6, "--columns", 2, "--out"]
     call(*words, tmp_path / "batches", "--batch_size", 4)
     call(*words, tmp_path / "seed", "--seed", 1)
-    assert [code for code, _ in copies(2, *words, tmp_path / "ranks")] == [0, 0]
+    (first, text), (second, _) = copies(2, *words, tmp_path / "ranks")
+    assert [first, second] == [0, 0] and "2 x cpu" in text
     samples = {path.parent.name: np.load(path)["arr_0"] for path in tmp_path.glob("*/samples.npz")}
     expected = np.load(pipeline() / "samples.npz")["arr_0"]
     assert np.array_equal([samples["batches"], samples["ranks"]], [expected, expected])
