@@ -220,12 +220,12 @@ def epoch_order(seed, epoch, num_images):
 
 
 def load_batches(load, batches, num_workers):
-    """Yields for each list of keys in `batches` the tensor stack([load(key) for key in list]), with
+    """Yields for each list of numbers in `batches` the tensor stack([load(i) for i in list]), with
     two more being loaded meanwhile. Threads suffice: PIL works outside Python's lock."""
     waiting = collections.deque()
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for keys in itertools.chain(batches, [[], []]):  # the last two are not waited for
-            waiting.append([pool.submit(load, key) for key in keys])
+        for numbers in itertools.chain(batches, [[], []]):  # the last two are not waited for
+            waiting.append([pool.submit(load, int(i)) for i in numbers])
             if len(waiting) > 2:
                 batch = [future.result() for future in waiting.popleft()]
                 yield torch.from_numpy(np.stack(batch))
@@ -303,21 +303,33 @@ def open_zip(archive):
         raise SystemExit(f"{archive} is not a whole zip file: {error}") from None
 
 
-def list_folder(folder, above=()):
-    """Paths of all files below a folder. Links are followed, but for one to a folder `above` it."""
+def list_zip(archive, inside):
+    """{name: place} of all files of a zip below the path `inside`; a name has slashes only."""
+    found = {}
+    for place in open_zip(archive).namelist():
+        name = place.replace("\\", "/")
+        path = posixpath.normpath(name).lstrip("/")
+        if path.startswith(inside) and not name.endswith("/"):
+            found[path[len(inside) :]] = place
+    return found
+
+
+def list_folder(folder, below="", above=()):
+    """{name: place} of all files below a folder. Links are followed, but for one to a folder
+    `above` it."""
     real = os.path.realpath(folder)
     if real in above:
-        return []
-    paths = []
+        return {}
+    found = {}
     try:
         for entry in os.scandir(folder):
             if entry.is_dir():
-                paths += list_folder(entry.path, (*above, real))
+                found |= list_folder(entry.path, f"{below}{entry.name}/", (*above, real))
             else:
-                paths.append(entry.path)
+                found[below + entry.name] = entry.path
     except OSError as error:
         raise SystemExit(f"the folder {folder} cannot be read: {error}") from None
-    return paths
+    return found
 
 
 class Images:
@@ -332,37 +344,27 @@ class Images:
         self.path = Path(path)
         self.archive, inside = split_zip(path)
         if self.archive:
-            found = [(posixpath.normpath(name.replace("\\", "/")).lstrip("/"), name)
-                     for name in open_zip(self.archive).namelist()
-                     if not name.endswith(("/", "\\"))]
-            found = {name[len(inside) :]: place for name, place in found if name.startswith(inside)}
-            if "dataset.json" in found:
-                raise SystemExit(f"{path} is a dataset of StyleGAN, whose classes are in its "
-                                 "dataset.json: sort its images into a folder for each class")
+            found = list_zip(self.archive, inside)
         elif self.path.is_dir():
-            root = os.path.join(path, "")
-            found = {place.removeprefix(root).replace(os.sep, "/"): place
-                     for place in list_folder(root)}
+            found = list_folder(path)
         else:
             raise SystemExit(f"{path} is no folder, no zip file and no path into a zip file")
+        if "dataset.json" in found:
+            raise SystemExit(f"{path} is a dataset of StyleGAN, whose classes are in its "
+                             "dataset.json: sort its images into a folder for each class")
         # Hidden files, and what macOS adds to zips, do not count
         visible = sorted(name for name in found if not re.search(r"(^|/)(\.|__MACOSX)", name))
         self.names = [name for name in visible if extension(name) in EXTENSIONS]
         self.places = [found[name] for name in self.names]
         others = [name for name in visible if extension(name) not in EXTENSIONS]
-        counts = collections.Counter(extension(name) or "others" for name in others).most_common(5)
-        self.left_out = ", left out: " if others else ""
-        self.left_out += ", ".join(f"{count} {name}" for name, count in counts)
-        if ".heic" in self.left_out:
-            self.left_out += " (for .heic: pip install pillow-heif)"
+        self.left_out = self.describe(others)
         if not self.names:
             raise SystemExit(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})"
                              f"{self.left_out}")
+
+        # Classes are the top folders, if these are no splits of a data set
         folders = [name.split("/")[0] if "/" in name else "" for name in self.names]
         tops = set(folders)
-        without = {name.split("/")[0] for name in others if "/" in name} - tops
-        if without and "" not in tops:
-            self.left_out += f", and so all of {', '.join(sorted(without))}"
         splits = {top.casefold() for top in tops} & SPLITS
         only_folder = len(tops) == 1 and all(name.count("/") > 1 for name in self.names)
         if len(splits) > 1 or only_folder:
@@ -378,6 +380,18 @@ class Images:
         classes, labels = np.unique(folders, return_inverse=True)  # sorted
         self.classes = classes.tolist()
         self.labels = torch.from_numpy(labels)
+
+    def describe(self, others):
+        """What is left out: names of files that are no images, or of a kind that Pillow lacks."""
+        if not others:
+            return ""
+        counts = collections.Counter(extension(name) or "others" for name in others).most_common(5)
+        text = ", left out: " + ", ".join(f"{count} {end}" for end, count in counts)
+        classes = {name.split("/")[0] for name in self.names if "/" in name}
+        without = {name.split("/")[0] for name in others if "/" in name} - classes
+        if without and classes:
+            text += f", and so all of {', '.join(sorted(without))}"
+        return f"{text} (for .heic: pip install pillow-heif)" if ".heic" in text else text
 
     def classes_of_kaggle(self):
         """The class of each image by LOC_val_solution.csv, or None if no table is about them."""

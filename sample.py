@@ -89,6 +89,8 @@ def preset_settings(name, no_cfg=False):
 def pair_folder(pair, out=None):
     """The folder of the pair to draw from, the first of these that is given: --pair, --out, the
     folder out if a pair was trained there, the pair that comes with the code."""
+    if out and not pair and not Path(out, "ar.safetensors").exists():
+        raise SystemExit(f"--out {out} holds no ar.safetensors: --pair names the folder of a pair")
     trained = "out" if Path("out/ar.safetensors").exists() else SHIPPED
     return Path(pair or out or trained)
 

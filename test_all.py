@@ -49,7 +49,7 @@ def test_shapes(layout):
 
     reconstruction, training_codes, onehot, losses = tokenizer(images)
     assert torch.equal(training_codes, codes)
-    assert [loss.shape for loss in losses.values()] == [()]
+    assert all(loss.shape == () for loss in losses.values())
     assert (reconstruction is None) == (layout == "post")  # its visual path is frozen
     assert (onehot is None) == (k == 0)
     assert onehot is None or onehot.shape == (4, K, P)

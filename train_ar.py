@@ -164,7 +164,7 @@ def learning_rate(step, args):
     """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
     flat = args.warmup + args.hold
     ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
-    return float(np.interp(step, ends, [0, args.lr, args.lr, args.min_lr]))
+    return np.interp(step, ends, [0, args.lr, args.lr, args.min_lr])
 
 
 def log_line(step, lr, terms, seconds, args):
@@ -322,7 +322,7 @@ def main():
     clock = time.perf_counter()
     for step in range(start_step + 1, args.steps + 1):
         # Learning rate
-        lr = learning_rate(step, args)
+        lr = float(learning_rate(step, args))  # the state for --resume takes no numpy
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()

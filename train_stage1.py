@@ -428,7 +428,7 @@ def main():
     clock = time.perf_counter()
     for step in steps:
         # Learning rate
-        lr = learning_rate(step, args)
+        lr = float(learning_rate(step, args))  # the state for --resume takes no numpy
         for optimizer in optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
@@ -518,9 +518,14 @@ def main():
             save_state(out / "train_stage1.pt", state)
 
     if rank == 0:
-        script = "sample.py" if args.onestage else "pretokenize.py"
-        data = "" if args.onestage else f"--data {args.data} "
-        print(f"done: {weights}. Next: python {script} {data}--out {out}")
+        script = f"pretokenize.py --data {args.data}"
+        if args.onestage:
+            script = "sample.py"
+        elif args.crop == "random":
+            script += " --crop ten"
+        elif args.flip:
+            script += " --flip"
+        print(f"done: {weights}. Next: python {script} --out {out}")
     finish()
 
 
