@@ -286,7 +286,6 @@ def main():
                              "again, or give the tokenizer of these codes, or another --out")
     num_images, num_crops, length = tokens.codes.shape
 
-
     # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL
     if rank == 0:
         open_out(out, "train_ar.pt", "ar.safetensors", "ar_best.safetensors")

@@ -344,7 +344,6 @@ def main():
         raise SystemExit(f"--out {args.out} lies in --data {args.data}: its pictures would be "
                          "taken too")
     out = Path(args.out)
-    cuda = device.type == "cuda"  # where copies are asynchronous
     per_rank, micro = split_batch(args, world_size, lowest=2)  # for BatchNorm
     micro_share = micro / per_rank
 
@@ -383,7 +382,7 @@ def main():
                                        **AR_SIZES[args.ar_size])).to(device)
     ema = copy.deepcopy(tokenizer).eval().requires_grad_(False)
     result = tokenizer if args.onestage else ema  # the weights that are used afterwards
-    memory = dict(memory_format=torch.channels_last) if cuda else {}
+    memory = dict(memory_format=torch.channels_last) if device.type == "cuda" else {}
     try:
         perceptual_loss = Perceptual(args.perceptual).to(device, **memory)
     except OSError as error:
