@@ -7,7 +7,7 @@
 # LAUNCH="torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500"
 #
 # A recipe prints each command that it runs, and with DRY=1 only prints them. Trainers save their
-# state every half-hour or sooner (--save_every); a recipe that is started again goes on from there.
+# state every half-hour or sooner on H100s (--save_every); started again, a recipe goes on from it.
 set -eo pipefail
 trap 'exit 1' INT TERM  # ends the recipe, not only its command
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
