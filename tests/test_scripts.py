@@ -185,7 +185,7 @@ def test_a_run_that_is_cut_or_killed_ends_as_one_that_never_was(tmp_path, name):
     call(*cut)
     call(*cut)  # nothing is left to do
     killed = [*trainer(name, tmp_path / "killed"), "--resume"]
-    for moment in (20_000, 60_000, 200_000):  # in a step, a measure, half-way through a file
+    for moment in (20_000, 60_000, 120_000):  # in a step, a measure, half-way through a file
         ((code, text),) = copies(1, *killed, before=lambda _, moment=moment: kill_at(moment))
         assert code == -signal.SIGKILL, text
     call(*killed)
