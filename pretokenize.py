@@ -169,7 +169,7 @@ def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
     if made.get("digest") == about["digest"]:
         if rank == 0:
             print(f"{target} is up to date", flush=True)
-            if made != about:  # the same images have moved
+            if made["data"] != about["data"]:  # the same images have moved
                 save_checkpoint(target, "codes", tensors, about)
         return
 
