@@ -279,7 +279,10 @@ def main():
                          "again, to its end")
     own = out / "tokenizer.safetensors"
     tokenizer_path = Path(args.tokenizer or own)
-    for path in {tokenizer_path, own} if own.exists() else {tokenizer_path}:
+    made_by = [tokenizer_path]
+    if own.exists():
+        made_by.append(own)
+    for path in made_by:
         fingerprint = read_safetensors(path, "tokenizer")[1].get("fingerprint")
         if fingerprint != tokens.config.fingerprint:
             raise SystemExit(f"{path} and {codes_path} are of two tokenizers: run pretokenize.py "
