@@ -131,7 +131,7 @@ def check_moments(step, optimizers):
 
 
 def save_state(path, state):
-    """Everything that --resume needs."""
+    """Writes everything that --resume needs, and lets Ctrl-C name the step."""
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
     on_ctrl_c(state["step"])
@@ -191,11 +191,12 @@ def write_log(line, path, args):
 
 
 def announce(model, start_step, log, args):
-    """Prints the model's size and how far the run is; a new run begins its log with its flags."""
+    """Prints the model's size and how far the run is. A new run begins its log with its flags, and
+    removes the state of the run that it replaces, if any: all has been checked by now."""
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done", flush=True)
     if start_step == 0:
-        log.with_suffix(".pt").unlink(missing_ok=True)  # the state of what is replaced
+        log.with_suffix(".pt").unlink(missing_ok=True)
         write_log({"settings": vars(args)}, log, args)
 
 
