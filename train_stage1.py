@@ -265,11 +265,11 @@ def evaluate(picture, tokenizer, ar, labels, images, device, autocast):
     `picture`, above their reconstructions."""
     means = defaultdict(float)
     all_codes = []
-    for x, y_labels in zip(images.split(64), labels.split(64)):  # x (B, H, W, 3)
+    for x, batch_labels in zip(images.split(64), labels.split(64)):  # x (B, H, W, 3)
         with autocast:
             codes = tokenizer.encode(to_float(x.to(device)))  # (B, K+N)
             y = to_uint8(tokenizer.decode(codes))  # (B, H, W, 3)
-            measures = ar.measure(codes, y_labels.to(device)) if ar is not None else {}
+            measures = ar.measure(codes, batch_labels.to(device)) if ar is not None else {}
         if not all_codes:
             save_grid(picture, [x[:16], y[:16]])
         measures["psnr"] = psnr(x, y)
