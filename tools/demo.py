@@ -70,8 +70,8 @@ class Buttons:
 
     def resample(self, label, seed, asked, *chosen):
         """With the next seed if these pictures have been asked for already."""
-        again = (label, seed, chosen) == asked
-        return self.paint("Each picture is drawn from its own noise.", label, seed, chosen, again)
+        further = 1 if (label, seed, chosen) == asked else 0
+        return self.paint("Each picture is drawn from its own noise.", label, seed, chosen, further)
 
     def keep_prologue(self, label, seed, picture, prologue, *chosen):
         kept = prologue[picture - 1].expand(self.columns, -1)
