@@ -127,9 +127,14 @@ def test_buttons_of_the_demo(monkeypatch):
 
 def test_variations_of_a_picture(tmp_path):
     file = folder() / "val" / "bag" / "0.png"
-    call("variations", file, "--pair", pipeline(), "--keep", 0.5, "--columns", 2, "--out", tmp_path)
-    sheet = np.asarray(Image.open(tmp_path / "variations.png"))
-    assert np.array_equal(sheet[2:58:2, 2:58:2], Image.open(file))
+    apart = {}  # how far two variations lie apart
+    for keep in (0, 0.9):
+        call("variations", file, "--pair", pipeline(), "--keep", keep, "--columns", 2, "--out",
+             tmp_path)
+        sheet = np.asarray(Image.open(tmp_path / "variations.png")).astype(int)
+        assert np.array_equal(sheet[2:58:2, 2:58:2], Image.open(file))
+        apart[keep] = np.abs(sheet[:, 118:174] - sheet[:, 176:232]).mean()
+    assert 0 < apart[0.9] < apart[0] / 2
 
 
 def test_bench_times_a_step():
