@@ -98,7 +98,6 @@ def test_released_names_the_file_that_it_lacks(monkeypatch, tmp_path):
     assert f"from huggingface.co/Zyriix/prologue to DIR/{file} for --from DIR" in said
 
 
-@torch.no_grad()
 def test_buttons_of_the_demo(monkeypatch):
     buttons = Buttons(*load_pair(pipeline(), "cpu"), columns=3)
     chosen = (2.0, 1.0, 0.25, 1.0, 1.0)
