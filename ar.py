@@ -144,18 +144,16 @@ class AR(nn.Module):
         """How well codes (B, K+N) are predicted, in all and by token group: a dict of nats per
         image (B,) and top-1 accuracy (B,), as nats, nats_prologue, accuracy_prologue, ..."""
         k = self.config.num_prologue
+        n = self.config.num_visual
         tokens = self.sequence(codes)  # (B, L)
         logits = self(codes, labels)  # (B, L, vocabulary)
         nats = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
         nats = nats.view(tokens.shape)  # (B, L)
         right = (logits.argmax(-1) == tokens).float()  # (B, L)
-        groups = {"visual": slice(-self.config.num_visual, None)}
+        result = dict(nats=nats.sum(1), nats_visual=nats[:, -n:].sum(1),
+                      accuracy_visual=right[:, -n:].mean(1))
         if k > 0:
-            groups["prologue"] = slice(k)
-        result = {"nats": nats.sum(1)}
-        for name, places in groups.items():
-            result[f"nats_{name}"] = nats[:, places].sum(1)
-            result[f"accuracy_{name}"] = right[:, places].mean(1)
+            result |= dict(nats_prologue=nats[:, :k].sum(1), accuracy_prologue=right[:, :k].mean(1))
         return result
 
     def compile_step(self):
@@ -214,7 +212,7 @@ class AR(nn.Module):
     @torch.no_grad()
     def generate(self, labels, cfg_prologue=1.0, cfg_visual=1.0, cfg_schedule="cosine",
                  cfg_power=1.0, temperature=1.0, temperature_prologue=None, prologue=None,
-                 visual=None, noise=None, generator=None, **filters):
+                 visual=None, noise=None, **filters):
         """Samples codes (B, K+N) for labels (B,). The model must be in eval mode.
 
         cfg_prologue: scale of the classifier-free guidance (CFG) of all prologue tokens; 1 is off,
@@ -224,7 +222,7 @@ class AR(nn.Module):
         temperature: of the visual tokens, and of the prologue unless temperature_prologue is given.
         prologue: (B, K), codes to keep instead of drawing them.
         visual: (B, m) with m < N, visual codes that the image begins with; the rest is drawn.
-        noise: (B, K+N) uniform in [0, 1), which decides every draw; else it comes from `generator`.
+        noise: (B, K+N) uniform in [0, 1), which decides every draw; else it is torch.rand's.
         filters: top_k and top_p of sample_codes.
         """
         k = self.config.num_prologue
@@ -233,8 +231,7 @@ class AR(nn.Module):
         if temperature_prologue is None:
             temperature_prologue = temperature
         if noise is None:
-            device = generator.device if generator else labels.device
-            noise = torch.rand(len(labels), k + n, generator=generator, device=device)
+            noise = torch.rand(len(labels), k + n)
         noise = noise.to(labels.device)
         prefix = labels.new_empty(len(labels), 0)  # (B, 0)
         if k > 0:
@@ -312,12 +309,9 @@ SCHEDULES = ("constant", "linear", "cosine")
 def guidance(scale, schedule, power, t):
     """CFG scale s at progress t in [0, 1], used as s * conditional + (1 - s) * unconditional; so 1
     is off. It is `scale` throughout, or grows from 1 to it by t^power along a line or a cosine."""
-    if schedule == "constant":
-        ramp = 1.0
-    elif schedule == "linear":
-        ramp = t**power
-    else:
-        ramp = (1 - math.cos(math.pi * t**power)) / 2
+    ramp = 1.0 if schedule == "constant" else t**power
+    if schedule == "cosine":
+        ramp = (1 - math.cos(math.pi * ramp)) / 2
     return 1 + (scale - 1) * ramp
 
 

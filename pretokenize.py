@@ -45,9 +45,8 @@ with contextlib.suppress(ImportError):  # pip install pillow-heif: the photos of
 
 BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 KNOWN = Image.registered_extensions()  # {extension: format} of what Pillow reads or writes here
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".avif",
-              ".heic", ".heif"} & KNOWN.keys()
-FORMATS = ["GIF", *{KNOWN[extension] for extension in EXTENSIONS}]  # GIFs often have wrong names
+FORMATS = {"PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "HEIF"} & {*KNOWN.values()}
+EXTENSIONS = {extension for extension, format in KNOWN.items() if format in FORMATS}
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 PART_SIZE = 500  # images in a part of the tokens
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # intact files have been seen with 2 MB of text
@@ -153,11 +152,15 @@ class Tokens:
         return torch.from_numpy(self.codes[images, crops].astype(np.int64)), self.labels[images]
 
 
+def short_hash(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
 def about_tokens(tokenizer, images, crop, flip, partner):
     """What stands in a token file beside the tokens, and decides whether it is up to date."""
     about = dict(tokenizer=asdict(tokenizer.config), classes=images.classes,
                  images=images.digest(), crop=crop, flip=flip, partner=partner)
-    about["digest"] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    about["digest"] = short_hash(about)
     about["data"] = os.path.abspath(images.path)
     return of_first_rank(about)
 
@@ -165,12 +168,9 @@ def about_tokens(tokenizer, images, crop, flip, partner):
 @torch.no_grad()
 def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
     """Writes codes (images, crops, K+N) uint16 and labels (images,) to the file `target`."""
-    tensors, made = read_safetensors(target, "codes") if target.exists() else ({}, {})
-    if made.get("digest") == about["digest"]:
+    if target.exists() and read_safetensors(target, "codes")[1]["digest"] == about["digest"]:
         if rank == 0:
             print(f"{target} is up to date", flush=True)
-            if made["data"] != about["data"]:  # the same images have moved
-                save_checkpoint(target, "codes", tensors, about)
         return
 
     # In numbered parts, every rank its own; those of an earlier run with the same settings stay
@@ -232,15 +232,14 @@ def load_batches(load, batches, num_workers):
 
 
 def save_grid(path, rows):
-    """Rows of uint8 images (n, H, W, 3), all of one length, as one PNG, two white pixels around
+    """Rows of uint8 images (n, H, W, 3), all of one length, as one PNG, a white pixel around
     each; images under 56 pixels are enlarged."""
     images = np.stack([np.asarray(row) for row in rows])  # (rows, n, H, W, 3)
     scale = max(1, 56 // images.shape[2])
     images = images.repeat(scale, 2).repeat(scale, 3)
-    images = np.pad(images, ((0, 0), (0, 0), (0, 2), (0, 2), (0, 0)), constant_values=255)
-    rows, n, height, width, _ = images.shape
-    sheet = images.transpose(0, 2, 1, 3, 4).reshape(rows * height, n * width, 3)
-    sheet = np.pad(sheet, ((2, 0), (2, 0), (0, 0)), constant_values=255)
+    images = np.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    columns = np.concatenate(images, 1)  # (n, rows * H, W, 3)
+    sheet = np.concatenate(columns, 1)  # (rows * H, n * W, 3)
     with atomic_write(path) as temporary:
         Image.fromarray(sheet).save(temporary, "png")
 
@@ -252,16 +251,15 @@ def open_image(file, archive=None):
     """A PIL image in RGB of a file, or of an entry of the zip `archive`, whatever its mode and
     extension: upright, transparency on white, 16 bits scaled to 8."""
     place = f"{file} in {archive}" if archive else file
-    if not archive and not os.path.isfile(file):  # to read from a pipe would wait for ever
-        raise SystemExit(f"{place} is no regular file")
     try:
         source = io.BytesIO(open_zip(archive).read(file)) if archive else file
-        with Image.open(source, formats=FORMATS) as image:
+        with Image.open(source, formats=list(FORMATS)) as image:
             if image.mode in ("F", "I"):
                 raise SystemExit(f"{place} holds floats or 32-bit integers, whose range is unknown:"
                                  " save it with 8 or 16 bits")
-            image.load()  # Pillow turns some kinds itself now, and their orientation is gone
-            image = upright(image)
+            image.load()
+            with contextlib.suppress(Exception):  # cameras write a dozen kinds of broken EXIF
+                ImageOps.exif_transpose(image, in_place=True)  # turns first, then rewrites EXIF
             if image.mode.startswith("I;16"):  # PIL would clip, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
@@ -270,18 +268,6 @@ def open_image(file, archive=None):
             return image.convert("RGB")
     except Exception as error:  # PIL, zipfile and zlib raise a dozen kinds
         raise SystemExit(f"{place} cannot be read as an image: {error}") from None
-
-
-def upright(image):
-    """A PIL image as its EXIF orientation says; as it is where that is missing or illegible."""
-    turn = Image.Transpose
-    turns = [turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE,
-             turn.ROTATE_270, turn.TRANSVERSE, turn.ROTATE_90]  # of the orientations 2 to 8
-    try:
-        orientation = int(image.getexif().get(0x0112, 1))
-    except Exception:  # cameras and programs write a dozen kinds of broken EXIF
-        return image
-    return image.transpose(turns[orientation - 2]) if 2 <= orientation <= 8 else image
 
 
 def split_zip(path):
@@ -325,8 +311,10 @@ def list_folder(folder, below="", above=()):
         for entry in os.scandir(folder):
             if entry.is_dir():
                 found |= list_folder(entry.path, f"{below}{entry.name}/", (*above, real))
-            else:
+            elif entry.is_file():
                 found[below + entry.name] = entry.path
+            else:  # to read from a pipe would wait for ever
+                raise SystemExit(f"{entry.path} is no regular file, or a link to nothing")
     except OSError as error:
         raise SystemExit(f"the folder {folder} cannot be read: {error}") from None
     return found
@@ -420,17 +408,11 @@ class Images:
 
     def digest(self):
         """A short hash of names, labels and the images' checksums in a zip or sizes in a folder."""
-        sha = hashlib.sha256("\n".join(self.names).encode(errors="surrogateescape"))
-        sha.update(self.labels.numpy().tobytes())
-        for place in self.places:
-            if self.archive:
-                sha.update(b"%d " % open_zip(self.archive).getinfo(place).CRC)
-                continue
-            try:
-                sha.update(b"%d " % os.stat(place).st_size)
-            except OSError as error:  # a link to nothing
-                raise SystemExit(f"{place} cannot be read: {error}") from None
-        return sha.hexdigest()[:16]
+        if self.archive:
+            values = [open_zip(self.archive).getinfo(place).CRC for place in self.places]
+        else:
+            values = [os.stat(place).st_size for place in self.places]
+        return short_hash([self.names, self.labels.tolist(), values])
 
 
 def extension(name):
@@ -444,8 +426,7 @@ def default_val(data):
     for name in ("val", "valid", "validation"):
         path = Path(data).with_name(name)
         archive, inside = split_zip(path)
-        entries = open_zip(archive).namelist() if archive else []
-        if path.is_dir() or any(entry.startswith(inside) for entry in entries):
+        if path.is_dir() or archive and list_zip(archive, inside):
             return str(path)
     return None
 

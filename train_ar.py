@@ -115,11 +115,11 @@ def load_state(path, weights, must_match, args):
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception:  # torch would advise to unpickle freely
         raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
+    before = state["config"] | state["must_match"]
     for name, value in must_match.items():
-        before = (state.get("config", {}) | state.get("must_match", {})).get(name)
-        if before != value:
-            raise SystemExit(f"--resume: {path} was made with other {name}, {before} and not "
-                             f"{value}; --init goes on from its weights, into another --out")
+        if before.get(name) != value:
+            raise SystemExit(f"--resume: {path} was made with other {name}, {before.get(name)} and "
+                             f"not {value}; --init goes on from its weights, into another --out")
     return state
 
 
@@ -181,11 +181,8 @@ def log_line(step, lr, terms, seconds, args):
 def write_log(line, path, args):
     """Appends a line to a trainer's log, and shows people what they watch of it. After a resume
     some steps stand in the log twice; the later line counts."""
-    try:
-        with open(path, "a") as log:
-            print(json.dumps(line), file=log)
-    except OSError as error:
-        raise SystemExit(f"{path} cannot be written (is the disk full?): {error}") from None
+    with open(path, "a") as log:
+        print(json.dumps(line), file=log)
     words = [f"{text} {line[name]:.4g}" for name, text in SHOWN.items() if line.get(name)]
     print(f"{line.get('step', 0)}/{args.steps}", *words, sep="  ", flush=True)
 
@@ -279,15 +276,11 @@ def main():
         raise SystemExit(f"{val_path} and {codes_path} are of two runs of pretokenize.py: run it "
                          "again, to its end")
     own = out / "tokenizer.safetensors"
-    tokenizer_path = Path(args.tokenizer or own)
-    made_by = [tokenizer_path]
-    if own.exists():
-        made_by.append(own)
-    for path in made_by:
-        fingerprint = read_safetensors(path, "tokenizer")[1].get("fingerprint")
-        if fingerprint != tokens.config.fingerprint:
-            raise SystemExit(f"{path} and {codes_path} are of two tokenizers: run pretokenize.py "
-                             "again, or give the tokenizer of these codes, or another --out")
+    tokenizer_path = own if own.exists() else Path(args.tokenizer or own)
+    _, about = read_safetensors(tokenizer_path, "tokenizer")
+    if about["fingerprint"] != tokens.config.fingerprint:
+        raise SystemExit(f"{tokenizer_path} and {codes_path} are of two tokenizers: run "
+                         "pretokenize.py again, or take another --out")
     num_images, num_crops, length = tokens.codes.shape
 
     # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL

@@ -70,15 +70,15 @@ LECAM_WEIGHT = 0.001
 R1_WEIGHT = 0.01
 R1_EVERY = 25  # steps
 
-# Flags of the tokenizer that default to those of --size or --init: type and help
+# Flags that replace single values of --size or --init
 MODEL_FLAGS = {
-    "image_size": (int, "side in pixels"),
-    "patch_size": (int, "side in pixels; each patch is a visual token"),
-    "codebook_size": (int, "visual codes V"),
-    "code_dim": (int, "dimensions of a code"),
-    "num_prologue": (int, "prologue tokens K"),
-    "prologue_codebook_size": (int, "prologue codes P"),
-    "tau": (float, "temperature of Prob-STE"),
+    "image_size": "side in pixels",
+    "patch_size": "side in pixels; each patch is a visual token",
+    "codebook_size": "visual codes V",
+    "code_dim": "dimensions of a code",
+    "num_prologue": "prologue tokens K",
+    "prologue_codebook_size": "prologue codes P",
+    "tau": "temperature of Prob-STE",
 }
 
 # Models, losses and EMA
@@ -132,25 +132,9 @@ class Discriminator(nn.Module):
                 nn.init.normal_(module.weight, 1, 0.02)
         self.register_buffer("averages", torch.zeros(2))  # for LeCam: mean logits of real and fake
 
-    def forward(self, real_images, fake_images, r1=False):
-        """Logits of both batches, each with BatchNorm statistics of its own, and with `r1` the R1
-        penalty: |d logits / d real images|^2, summed over pixels."""
-        real_images = real_images.detach().requires_grad_(r1)
-        logits_real = self.net(real_images).float()  # (B, 1, h, w)
-        logits_fake = self.net(fake_images.detach()).float()
-        if not r1:
-            return logits_real, logits_fake, logits_real.new_zeros(())
-        (gradient,) = torch.autograd.grad(logits_real.sum(), real_images, create_graph=True)
-        return logits_real, logits_fake, gradient.square().sum((1, 2, 3)).mean()
-
-
-def lecam_penalty(logits_real, logits_fake, averages):
-    """LeCam (Tseng et al. 2021) penalizes real logits above the running mean of the fake ones and
-    fake logits below that of the real ones, which keeps a discriminator from overfitting few
-    images. averages (2,): running mean logits of real and fake."""
-    real_excess = F.relu(logits_real - averages[1]).square().mean()
-    fake_excess = F.relu(averages[0] - logits_fake).square().mean()
-    return real_excess + fake_excess
+    def forward(self, images):
+        """images (B, 3, H, W) -> logits (B, 1, h, w), with BatchNorm statistics of this batch"""
+        return self.net(images).float()
 
 
 class Perceptual(nn.Module):
@@ -189,13 +173,26 @@ class Perceptual(nn.Module):
 
 def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     """Loss of the discriminator on images x against reconstructions y, and its terms for the log.
-    micro_share: of this micro-batch in the step; it moves LeCam's averages by it (decay 0.999)."""
-    logits_real, logits_fake, r1 = discriminator(x, y, with_r1)
+
+    R1 is |d logits / d x|^2, summed over pixels. LeCam (Tseng et al. 2021) penalizes real logits
+    above the running mean of the fake ones and fake logits below that of the real ones, which keeps
+    a discriminator from overfitting few images. micro_share: of this micro-batch in the step.
+    """
+    x = x.detach().requires_grad_(with_r1)
+    logits_real = discriminator(x)  # (B, 1, h, w)
+    logits_fake = discriminator(y.detach())
+    vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+
     means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
     average(means)
-    discriminator.averages.lerp_(means, 0.001 * micro_share)
-    lecam = lecam_penalty(logits_real, logits_fake, discriminator.averages)
-    vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+    mean_real, mean_fake = discriminator.averages.lerp_(means, 0.001 * micro_share)  # decay 0.999
+    lecam = F.relu(logits_real - mean_fake).square().mean()
+    lecam = lecam + F.relu(mean_real - logits_fake).square().mean()
+
+    r1 = torch.zeros_like(vanilla)
+    if with_r1:
+        (gradient,) = torch.autograd.grad(logits_real.sum(), x, create_graph=True)
+        r1 = gradient.square().sum((1, 2, 3)).mean()
     loss = vanilla + LECAM_WEIGHT * lecam + R1_WEIGHT / 2 * r1
     return loss, dict(discriminator=loss, lecam=lecam, r1=r1, logits_real=means[0],
                       logits_fake=means[1])
@@ -304,9 +301,12 @@ def parse_args():
     flag("--size", default="tiny", choices=SIZES, help="of networks, images and codebooks")
     flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
     flag("--init", metavar="TOKENIZER", help="file to go on from; its size counts")
-    sizes = parser.add_argument_group("sizes, each by default as --size or --init says")
-    for name, (kind, text) in MODEL_FLAGS.items():
-        sizes.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+    group = parser.add_argument_group("sizes, by default those of --init or of --size", "in "
+                                      f"brackets: for {', '.join(SIZES)}")
+    for name, text in MODEL_FLAGS.items():
+        values = [getattr(TokenizerConfig(**size), name) for size in SIZES.values()]
+        group.add_argument(f"--{name}", type=type(values[0]), default=argparse.SUPPRESS,
+                           help=f"{text} {values}")
 
     # Joint AR model
     flag("--ar_size", default="nano", choices=AR_SIZES, help="of the joint AR model")
@@ -340,9 +340,6 @@ def main():
     rank, world_size, device, autocast = setup(args.device, args.dtype)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, but where exact_fp32 forbids it
     torch.backends.cudnn.benchmark = True
-    if Path(args.out).resolve().is_relative_to(Path(args.data).resolve()):
-        raise SystemExit(f"--out {args.out} lies in --data {args.data}: its pictures would be "
-                         "taken too")
     out = Path(args.out)
     per_rank, micro = split_batch(args, world_size, lowest=2)  # for BatchNorm
     micro_share = micro / per_rank
@@ -462,7 +459,7 @@ def main():
             if args.gan_weight > 0:
                 discriminator.requires_grad_(False)  # this gradient is for the tokenizer alone
                 with autocast:
-                    gan = F.softplus(-discriminator.net(y).float()).mean()
+                    gan = F.softplus(-discriminator(y)).mean()
                 discriminator.requires_grad_(True)
             loss = l1 + sum(vq_losses.values()) + perceptual + args.gan_weight * gan + ce
             (loss * micro_share).backward()
@@ -517,13 +514,7 @@ def main():
             save_state(out / "train_stage1.pt", state)
 
     if rank == 0:
-        script = f"pretokenize.py --data {args.data}"
-        if args.onestage:
-            script = "sample.py"
-        elif args.crop == "random":
-            script += " --crop ten"
-        elif args.flip:
-            script += " --flip"
+        script = "sample.py" if args.onestage else f"pretokenize.py --data {args.data}"
         print(f"done: {weights}. Next: python {script} --out {out}")
     finish()
 

@@ -3,7 +3,7 @@
 # without guidance against ADM's REFERENCE, on one node. Started again it skips what is newer than
 # the weights.
 #
-#   recipes/evaluate.sh runs/b_b prologue-b-b       # DIR of a pair, PRESET of sample.py
+#   recipes/evaluate.sh runs/b_b prologue-b-b       # DIR of a pair, ROW of table A5
 #   FROM=ckpts ONLY="2d prologue-b-b" recipes/evaluate.sh released --dtype bf16 --compile
 #
 # `released` is the ten released pairs (or ONLY) into one table, downloaded or from the folder FROM.
@@ -42,7 +42,23 @@ ce6 11.38 4.28
 drop0 12.32 4.28
 drop1 12.67 4.53"
 
-score() {  # DIR PRESET-MODE [flags of sample.py]: DIR/PRESET-MODE_NUM/score.json
+# Table A5 of the rows that are not in sample.py: --cfg_prologue, --cfg_visual and --cfg_power, which
+# are used with guidance; --temperature_prologue and --temperature, which are used without
+settings="2d-l-b 1.0 5.0 1.75 1.0 0.9
+l-b-vgg 0.7 3.75 0.25 0.8 0.85
+l-b-16k 0.65 3.25 0.25 0.8 0.95
+p256 0.7 3.25 0.25 0.8 0.9
+p4096 0.8 3.5 0.25 0.8 0.9
+k4 0.6 2.5 0.25 0.8 0.9
+k64 0.8 3.75 0.25 0.8 1.0
+tau001 0.65 2.5 0.25 0.8 0.9
+tau1 0.8 3.75 0.25 0.8 0.85
+drop0 0.65 3.5 0.25 0.8 0.85
+drop1 0.75 3.25 0.25 0.8 0.9
+ce1 0.65 3.75 0.25 0.8 0.85
+ce6 0.75 3.25 0.25 0.8 0.9"
+
+score() {  # DIR NAME [flags of sample.py]: DIR/NAME_NUM/score.json
     local out=$1/$2_$NUM json
     [[ $out/score.json -nt $1/ar.safetensors ]] && return
     [[ $out/samples.npz -nt $1/ar.safetensors ]] || launch sample.py --pair "$1" --out "$out" \
@@ -53,22 +69,27 @@ score() {  # DIR PRESET-MODE [flags of sample.py]: DIR/PRESET-MODE_NUM/score.jso
     mv "$out/score.tmp" "$out/score.json"
 }
 value() { grep -o "\"$2\": [^,}]*" "$1" | cut -d " " -f 2 || echo -; }
-row() { printf "%-20s%14.6s%8.6s%8.6s%8.6s%8.6s\n" "$@"; }
+print_row() { printf "%-20s%14.6s%8.6s%8.6s%8.6s%8.6s\n" "$@"; }
 table="                      gFID, no CFG    gFID      IS   Prec.  Recall"
-evaluate() {  # DIR PRESET [flags of sample.py]
-    score "$1" "$2-cfg" --preset "$2" "${@:3}"
-    score "$1" "$2-no_cfg" --preset "$2" --no_cfg "${@:3}"
+evaluate() {  # DIR ROW [flags of sample.py]
+    local guided=(--preset "$2") plain=(--preset "$2") row
+    if row=($(grep "^$2 " <<< "$settings")); then
+        guided=(--cfg_prologue "${row[1]}" --cfg_visual "${row[2]}" --cfg_power "${row[3]}")
+        plain=(--temperature_prologue "${row[4]}" --temperature "${row[5]}")
+    fi
+    score "$1" "$2-cfg" "${guided[@]}" "${@:3}"
+    score "$1" "$2-no_cfg" --no_cfg "${plain[@]}" "${@:3}"
     [[ $DRY ]] && return
-    local guided=$1/$2-cfg_$NUM/score.json plain=$1/$2-no_cfg_$NUM/score.json known
-    known=$(grep "^$2 " <<< "$paper" || echo "$2")
-    # shellcheck disable=SC2086  # the words of a line
-    table+=$'\n'$(row $known
-        row "    measured" "$(value "$plain" fid)" "$(value "$guided" fid)" \
+    guided=$1/$2-cfg_$NUM/score.json
+    plain=$1/$2-no_cfg_$NUM/score.json
+    row=($(grep "^$2 " <<< "$paper" || echo "$2"))
+    table+=$'\n'$(print_row "${row[@]}"
+        print_row "    measured" "$(value "$plain" fid)" "$(value "$guided" fid)" \
             "$(value "$guided" inception_score)" "$(value "$guided" precision)" \
             "$(value "$guided" recall)")
 }
 
-out=${1:?give DIR and PRESET, or released}
+out=${1:?give DIR and ROW, or released}
 if [[ $out == released ]]; then
     out=$RUNS/released
     for name in ${ONLY:-$(head -n 10 <<< "$paper" | cut -d " " -f 1)}; do
@@ -78,6 +99,6 @@ if [[ $out == released ]]; then
         [[ $DRY ]] || rm -f "$out/$name/$name"-*cfg_"$NUM"/samples.npz  # 20 GB
     done
 else
-    evaluate "$out" "${2:?give a preset of sample.py}" "${@:3}"
+    evaluate "$out" "${2:?give a row of table A5}" "${@:3}"
 fi
 [[ $DRY ]] || echo "$table" | tee "$out/table.txt"

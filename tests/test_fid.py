@@ -43,7 +43,7 @@ def test_precision_and_recall_by_brute_force():
         radius = (points[:, None] - points).norm(dim=2).sort(1).values[:, 3]  # 0: to itself
         inside = (queries[:, None] - points).norm(dim=2) <= radius
         expected.append(inside.any(1).double().mean().item())
-    assert fid.precision_recall(x, y, block=32) == pytest.approx(expected)
+    assert fid.precision_recall(x, y) == pytest.approx(expected)
 
 
 def test_inception_features(tmp_path, monkeypatch):

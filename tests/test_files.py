@@ -131,8 +131,8 @@ def test_odd_entries_of_zips_and_folders(tmp_path):
     assert Images(mine).names == ["cat/1.png", "dog/1.png", "emu/1.png"]
     (mine / "nothing.png").symlink_to(tmp_path / "nothing")
     (mine / "nothing.png").rename(mine / "cat" / "nothing.png")
-    with pytest.raises(SystemExit, match="nothing.png cannot be read"):
-        Images(mine).digest()
+    with pytest.raises(SystemExit, match="nothing.png is no regular file, or a link to nothing"):
+        Images(mine)
     (mine / "cat" / "nothing.png").unlink()
     (mine / "dog" / "itself").symlink_to("itself")  # is no file and no folder, says the system
     with pytest.raises(SystemExit, match="dog cannot be read: .*symbolic links"):
@@ -185,7 +185,6 @@ def test_tokens_of_two_runs_are_told_apart(tmp_path):
     words[2] = tmp_path / "moved" / "train"
     assert "is up to date" in printed(*words)
     codes = tmp_path / "codes.safetensors"
-    assert read_safetensors(codes, "codes")[1]["data"] == str(words[2])
     assert not list(tmp_path.glob("*.parts"))
     call(*train)
     tensors, about = read_safetensors(codes, "codes")
@@ -278,9 +277,9 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("nothing.npz does not exist", "fid", "nothing.npz"),
         ("few.npz holds 3 images", "fid", made / "few.npz"),
         ("cut.npz is not a whole .npz file", "fid", pair / "samples.npz", made / "cut.npz"),
-        ("mu and sigma are not of the 128 features", "fid", pair / "samples.npz",
+        ("mu is not of the 128 features", "fid", pair / "samples.npz",
          made / "statistics.npz"),
-        ("mu and sigma are not of the 128 features", "fid", pair / "samples.npz",
+        ("mu is not of the 128 features", "fid", pair / "samples.npz",
          made / "scalar.npz"),
         ("Inception cannot be loaded", "fid", pair / "samples.npz", "--inception", state),
         ("images to compare with are needed", "fid", made / "large.npz"),
