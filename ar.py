@@ -63,8 +63,7 @@ class ARConfig:
 
 
 class AR(nn.Module):
-    """Decoder-only transformer. Labels (B,) are int64 from 0 to num_classes, and num_classes means
-    unconditional."""
+    """Decoder-only transformer. Labels (B,) are int64; num_classes means unconditional."""
 
     def __init__(self, config):
         super().__init__()
@@ -205,8 +204,7 @@ class AR(nn.Module):
             x = self.token_embedding(code + allowed.start)[:, None]  # (B, 1, D)
             x = x.repeat(halves, 1, 1)  # (2B, 1, D)
         if not logits.isfinite().all():
-            raise SystemExit("the logits are not finite: the weights are damaged, or the guidance "
-                             "is extreme")
+            raise SystemExit("logits are not finite: damaged weights, or extreme guidance")
         return torch.stack(codes, 1)
 
     @torch.no_grad()
@@ -217,8 +215,7 @@ class AR(nn.Module):
 
         cfg_prologue: scale of the classifier-free guidance (CFG) of all prologue tokens; 1 is off,
             below 1 it pulls towards unconditional.
-        cfg_visual: that of the visual tokens, which is reached along cfg_schedule and cfg_power,
-            see `guidance`.
+        cfg_visual: that of the visual tokens, reached by cfg_schedule and cfg_power (`guidance`).
         temperature: of the visual tokens, and of the prologue unless temperature_prologue is given.
         prologue: (B, K), codes to keep instead of drawing them.
         visual: (B, m) with m < N, visual codes that the image begins with; the rest is drawn.
@@ -272,13 +269,11 @@ def padded_linear(x, weight):
 
 # Sampling
 
-
 class KVCache:
     """Keys and values of one layer for all L positions, allocated once and filled while drawing."""
 
     def __init__(self, length, fixed=False):
-        """fixed: promises torch.compile that it stays where it is, so that a CUDA graph may write
-        to it."""
+        """fixed: promises torch.compile that it stays in its place, where CUDA graphs write."""
         self.length = math.ceil(length / 8) * 8  # masked attention kernels want a multiple of 8
         self.fixed = fixed
         self.kv = None

@@ -41,8 +41,8 @@ def image_batches(path, batch_size, size=None, crop=False):
         if count < 4:  # precision and recall look at three neighbours
             raise SystemExit(f"{path} holds {count} images, and a score needs thousands")
         if tuple(shape) != tuple(size or shape):
-            raise SystemExit(f"{name} is {shape[1]} x {shape[0]} and not {size[1]} x {size[0]} as "
-                             "others are; --crop brings a reference to the samples' size")
+            raise SystemExit(f"{name} is {shape[1]} x {shape[0]} and not {size[1]} x {size[0]}: "
+                             "--crop brings a reference to the samples' size")
 
     if str(path).endswith(".npz"):
         array = open_npz(path).get("arr_0")
@@ -134,12 +134,6 @@ def feature_network(size, inception, device):
     return "fashion", FashionClassifier.load().to(device)
 
 
-def moments(x):
-    """Mean (d,) and covariance (d, d) of features (N, d), in float64."""
-    x = x.double()
-    return x.mean(0).numpy(), x.T.cov().numpy()
-
-
 def inception_score(p, split=5000):
     """Mean over splits of consecutive images of exp(mean KL(p(y|x) || p(y))); p (N, classes)."""
     scores = []
@@ -165,9 +159,11 @@ def extract(network, batches, device):
         bar.update(len(images))
     bar.close()
     outputs = {name: torch.cat(rows) for name, rows in outputs.items()}
-    result = {name: moments(outputs[name]) for name in ("pool", "spatial") if name in outputs}
-    result["inception_score"] = inception_score(outputs["probabilities"])
-    result["features"] = outputs["pool"]
+    score = inception_score(outputs.pop("probabilities"))
+    result = {"inception_score": score, "features": outputs["pool"]}
+    for name, x in outputs.items():  # (N, d)
+        x = x.double()
+        result[name] = (x.mean(0).numpy(), x.T.cov().numpy())
     return result
 
 
@@ -221,14 +217,13 @@ def parse_args():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("samples", nargs="?", help="npz, folder or zip of images; else samples.npz in --out")
-    flag("reference", nargs="?", help="npz, folder or zip; else the images that codes.safetensors "
-         "beside the samples was made of, centre-cropped, or the bundled ones for 28 x 28")
-    flag("--crop", action="store_true", help="centre-crop the reference's images to the samples' "
-         "size, as training has done: right for photos of many sizes")
-    flag("--tokenizer", metavar="FILE", help="score what it makes of the first argument's images; "
-         "else of the held-out images beside it, or bundled ones")
+    flag("reference", nargs="?", help="npz, folder or zip; else what codes.safetensors beside the "
+         "samples was made of, centre-cropped; else for 28 x 28 the bundled images")
+    flag("--crop", action="store_true", help="centre-crop the reference to the samples' size")
+    flag("--tokenizer", metavar="FILE", help="score what it makes of the first argument's images, "
+         "else of those held out beside it")
     flag("--inception", metavar="FILE", help="torch-fidelity's weights; else downloaded, or for "
-         "28 x 28 the features of a classifier of Fashion-MNIST")
+         "28 x 28 a classifier of Fashion-MNIST")
     flag("--batch_size", type=int, default=100, help="images per forward")
     flag("--out", default="out", help="folder where samples.npz is looked for")
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
@@ -267,7 +262,6 @@ def main():
         result = {"samples": path}
     name, network = feature_network(size, args.inception, device)
     result |= {"reference": reference, "features": name}
-    print(f"{result['samples']} against {reference}", file=sys.stderr)
 
     # Statistics that the reference stores, which count before those of its images
     stored = open_npz(reference)
@@ -281,12 +275,11 @@ def main():
                                  f"network {name} has")
 
     # Features
-    against = {}
+    against = statistics
     if not statistics or "arr_0" in stored:
         crop = args.crop or args.reference is None
         _, originals = image_batches(reference, args.batch_size, size, crop)
-        against = extract(network, originals, device)
-    against |= statistics
+        against = extract(network, originals, device) | statistics
     samples = extract(network, batches, device)
     result["count"] = len(samples["features"])
 

@@ -51,8 +51,8 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 PART_SIZE = 500  # images in a part of the tokens
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # intact files have been seen with 2 MB of text
 
-# Pixels
 
+# Pixels
 
 def to_float(images):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]"""
@@ -74,10 +74,8 @@ def psnr(a, b):
 
 # Crops, as in ADM (guided-diffusion), whose statistics are the reference of every ImageNet gFID
 
-
 def resize_shorter_side(image, shorter):
-    """Shorter side to `shorter`: halved by a box filter while it is at least twice that, then
-    bicubic."""
+    """Shorter side to `shorter`: halved by a box filter while at least twice that, then bicubic."""
     side = 16 * min(image.size)  # of a longer strip the middle: whole it would take gigabytes
     image = ImageOps.fit(image, (min(image.width, side), min(image.height, side)))
     while min(image.size) >= 2 * shorter:
@@ -124,7 +122,6 @@ def image_crops(images, index, size, crop, flip):
 
 # Tokens
 
-
 class Tokens:
     """A token file, mapped from disk: ranks and processes share its memory.
 
@@ -141,11 +138,6 @@ class Tokens:
         self.config = TokenizerConfig(**about["tokenizer"])
         self.digest = about["digest"]
         self.partner = about.get("partner")
-        sizes = [self.config.prologue_codebook_size] * self.config.num_prologue
-        sizes += [self.config.codebook_size] * self.config.num_visual
-        if (self.codes.max((0, 1)) >= sizes).any() or self.labels.max() >= len(self.classes):
-            raise SystemExit(f"{path} holds codes beyond their codebook, or labels beyond the "
-                             "classes: run pretokenize.py again")
 
     def batch(self, images, crops=0):
         """Codes (B, K+N) and labels (B,), int64, of image numbers (B,) and crop numbers (B,)."""
@@ -205,7 +197,6 @@ def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
 
 # Batches and picture sheets
 
-
 def visited_images(seed, first, count, num_images):
     """Numbers (count,) of the images at the visits first, first + 1, ... Visits number what
     training reads, from 0, over all epochs and ranks; each epoch is a new random order. So a run
@@ -232,8 +223,7 @@ def load_batches(load, batches, num_workers):
 
 
 def save_grid(path, rows):
-    """Rows of uint8 images (n, H, W, 3), all of one length, as one PNG, a white pixel around
-    each; images under 56 pixels are enlarged."""
+    """Rows, of one length, of uint8 images (n, H, W, 3) as one PNG; small images are enlarged."""
     images = np.stack([np.asarray(row) for row in rows])  # (rows, n, H, W, 3)
     scale = max(1, 56 // images.shape[2])
     images = images.repeat(scale, 2).repeat(scale, 3)
@@ -246,7 +236,6 @@ def save_grid(path, rows):
 
 # Images in folders and zips: what real files are like. To be skipped at first.
 
-
 def open_image(file, archive=None):
     """A PIL image in RGB of a file, or of an entry of the zip `archive`, whatever its mode and
     extension: upright, transparency on white, 16 bits scaled to 8."""
@@ -255,8 +244,7 @@ def open_image(file, archive=None):
         source = io.BytesIO(open_zip(archive).read(file)) if archive else file
         with Image.open(source, formats=list(FORMATS)) as image:
             if image.mode in ("F", "I"):
-                raise SystemExit(f"{place} holds floats or 32-bit integers, whose range is unknown:"
-                                 " save it with 8 or 16 bits")
+                raise SystemExit(f"{place} has floats or 32-bit integers: save 8 or 16 bits")
             image.load()
             with contextlib.suppress(Exception):  # cameras write a dozen kinds of broken EXIF
                 ImageOps.exif_transpose(image, in_place=True)  # turns first, then rewrites EXIF
@@ -301,8 +289,7 @@ def list_zip(archive, inside):
 
 
 def list_folder(folder, below="", above=()):
-    """{name: place} of all files below a folder. Links are followed, but for one to a folder
-    `above` it."""
+    """{name: place} of all files below a folder, following links but to a folder `above` it."""
     real = os.path.realpath(folder)
     if real in above:
         return {}
@@ -338,8 +325,7 @@ class Images:
         else:
             raise SystemExit(f"{path} is no folder, no zip file and no path into a zip file")
         if "dataset.json" in found:
-            raise SystemExit(f"{path} is a dataset of StyleGAN, whose classes are in its "
-                             "dataset.json: sort its images into a folder for each class")
+            raise SystemExit(f"{path} has a dataset.json of StyleGAN: sort its images into classes")
         # Hidden files, and what macOS adds to zips, do not count
         visible = sorted(name for name in found if not re.search(r"(^|/)(\.|__MACOSX)", name))
         self.names = [name for name in visible if extension(name) in EXTENSIONS]
@@ -347,8 +333,7 @@ class Images:
         others = [name for name in visible if extension(name) not in EXTENSIONS]
         self.left_out = self.describe(others)
         if not self.names:
-            raise SystemExit(f"{path} holds no images ({' '.join(sorted(EXTENSIONS))})"
-                             f"{self.left_out}")
+            raise SystemExit(f"{path} holds no images{self.left_out}")
 
         # Classes are the top folders, if these are no splits of a data set
         folders = [name.split("/")[0] if "/" in name else "" for name in self.names]
@@ -356,12 +341,11 @@ class Images:
         splits = {top.casefold() for top in tops} & SPLITS
         only_folder = len(tops) == 1 and all(name.count("/") > 1 for name in self.names)
         if len(splits) > 1 or only_folder:
-            raise SystemExit(f"{path} holds the folders {sorted(tops)} and not classes: add one of "
-                             "them to the path")
+            raise SystemExit(f"{path} holds no classes but {sorted(tops)}: add one to the path")
         if "" in tops and len(tops) > 1:
             alone = self.names[folders.index("")]
-            raise SystemExit(f"{path} holds the image {alone} beside folders: a folder for each "
-                             "class, or all images side by side, is needed")
+            raise SystemExit(f"{path} holds the image {alone} beside folders: sort all images into "
+                             "a folder for each class, or put them side by side")
         if folders[0] == "":
             folders = self.classes_of_kaggle() or folders
         folders = [unicodedata.normalize("NFC", folder) for folder in folders]
@@ -373,13 +357,13 @@ class Images:
         """What is left out: names of files that are no images, or of a kind that Pillow lacks."""
         if not others:
             return ""
-        counts = collections.Counter(extension(name) or "others" for name in others).most_common(5)
-        text = ", left out: " + ", ".join(f"{count} {end}" for end, count in counts)
-        classes = {name.split("/")[0] for name in self.names if "/" in name}
-        without = {name.split("/")[0] for name in others if "/" in name} - classes
-        if without and classes:
-            text += f", and so all of {', '.join(sorted(without))}"
-        return f"{text} (for .heic: pip install pillow-heif)" if ".heic" in text else text
+        counts = collections.Counter(extension(name) or "others" for name in others)
+        text = f", left out: {', '.join(f'{count} {end}' for end, count in counts.most_common(5))}"
+        classes, left_out = ({name.split("/")[0] for name in names if "/" in name}
+                             for names in (self.names, others))
+        if classes and left_out - classes:
+            text += f", and so all of {', '.join(sorted(left_out - classes))}"
+        return f"{text} (for .heic: pip install pillow-heif)" if ".heic" in counts else text
 
     def classes_of_kaggle(self):
         """The class of each image by LOC_val_solution.csv, or None if no table is about them."""
@@ -435,19 +419,15 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Turn images into tokens.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--data", default=str(BUNDLED / "train"),
-         help="training images: a folder, zip, or path into a zip, with a folder for each class")
-    flag("--val_data", help="held-out images; else the folder val, valid or validation beside a "
-         "--data named train")
+    flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
+    flag("--val_data", help="held-out images; else val, valid or validation beside train")
     flag("--tokenizer", help="tokenizer file; else tokenizer.safetensors in --out")
-    flag("--crop", default="center", choices=["center", "ten"], help="ten: corners and middle of a "
-         "1.1 times larger square, each also mirrored")
-    flag("--flip", action="store_true", help="add mirrored copies (ten has them)")
+    flag("--crop", default="center", choices=["center", "ten"], help="ten: see image_crops")
+    flag("--flip", action="store_true", help="add mirrored crops, which ten has anyway")
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--batch_size", type=int, default=256, help="crops at a time, over all ranks")
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
-    flag("--num_workers", type=int, default=min(8, os.cpu_count()),
-         help="threads that decode images, per rank")
+    flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
     args = parser.parse_args()
     check_flags(parser, args, "batch_size")
     return args
@@ -469,9 +449,8 @@ def main():
         print(images)
         print(f"held out: {val_images}" if val_data else "no held-out images")
     if val_images and val_images.classes != images.classes:
-        other = sorted(set(images.classes) ^ set(val_images.classes))
-        raise SystemExit(f"{val_data} and {args.data}: the class {other[0]!r} is in one of them "
-                         "only")
+        other = min(set(images.classes) ^ set(val_images.classes))
+        raise SystemExit(f"{val_data} and {args.data}: the class {other!r} is in one of them only")
 
     # Tokens: held-out images first, with one crop each, because they are few
     if rank == 0:

@@ -76,8 +76,6 @@ def preset_settings(name, no_cfg=False):
 def pair_folder(pair, out=None):
     """The folder of the pair to draw from, the first of these that is given: --pair, --out, the
     folder out if a pair was trained there, the pair that comes with the code."""
-    if out and not pair and not Path(out, "ar.safetensors").exists():
-        raise SystemExit(f"--out {out} holds no ar.safetensors: --pair names the folder of a pair")
     trained = "out" if Path("out/ar.safetensors").exists() else SHIPPED
     return Path(pair or out or trained)
 
@@ -87,8 +85,7 @@ def load_pair(folder, device):
     tokenizer = Tokenizer.load(folder / "tokenizer.safetensors").to(device)
     ar = AR.load(folder / "ar.safetensors").to(device)
     if ar.config.tokenizer != tokenizer.config.fingerprint:  # a joint AR model's is ""
-        raise SystemExit(f"the AR model in {folder} was trained on codes of another tokenizer, or "
-                         "is stage 1's joint one: run pretokenize.py and train_ar.py")
+        raise SystemExit(f"{folder}: ar.safetensors was trained on codes of another tokenizer")
     return tokenizer, ar
 
 
@@ -98,13 +95,14 @@ def noise_of(seed, numbers, length):
     return torch.from_numpy(np.stack(rows))
 
 
-def draw(ar, labels, numbers, seed, batch_size, settings, **kept):
+def draw(ar, labels, numbers, seed, batch_size, settings, progress=False, **kept):
     """Codes (n, K+N) of images with labels (n,) and numbers (n,), `batch_size` at a time. The
     settings go to AR.generate, and so do codes to keep: prologue (n, K), visual (n, m)."""
     device = ar.head.weight.device
     length = ar.config.num_prologue + ar.config.num_visual
     numbers = torch.as_tensor(numbers)
     codes = []
+    bar = tqdm(total=len(labels), unit=" images", disable=not progress)
     for batch in torch.arange(len(labels)).split(batch_size):
         wanted = len(batch)
         if ar.compiled_step:  # for one batch size: a short batch is padded with its last image
@@ -112,6 +110,8 @@ def draw(ar, labels, numbers, seed, batch_size, settings, **kept):
         drawn = ar.generate(labels[batch].to(device), noise=noise_of(seed, numbers[batch], length),
                             **{name: whole[batch] for name, whole in kept.items()}, **settings)
         codes.append(drawn[:wanted])
+        bar.update(wanted)
+    bar.close()
     return torch.cat(codes)
 
 
@@ -133,8 +133,7 @@ def pack_for_cpu(ar):
 
 
 def class_numbers(chosen, ar):
-    """Class names or numbers, as given on the command line, -> numbers; up to ten spread over all
-    classes if none are given."""
+    """Class names or numbers of the command line -> numbers; without any ten of all classes."""
     count = ar.config.num_classes
     if not chosen:
         return sorted({i * count // 10 for i in range(10)})
@@ -155,7 +154,7 @@ def save_grids(tokenizer, ar, args, settings, batch_size):
     columns = args.columns
     classes = class_numbers(args.classes, ar)
     labels = torch.tensor(classes).repeat_interleave(columns)  # (rows * columns,)
-    drawing = dict(seed=args.seed, batch_size=batch_size, settings=settings)
+    drawing = dict(seed=args.seed, batch_size=batch_size, settings=settings, progress=True)
 
     # A row for each class
     codes = draw(ar, labels, range(len(labels)), **drawing)
@@ -176,8 +175,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description="Draw images.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
-    flag("--pair", help="folder of tokenizer.safetensors and ar.safetensors; else --out, or the "
-         "shipped pair in checkpoints/fashion_mnist")
+    flag("--pair", help="folder of the pair; else --out, else out, else checkpoints/fashion_mnist")
     flag("--out", help="folder for everything that is written, and of the pair; else out")
 
     # What to draw
@@ -248,16 +246,10 @@ def main():
     # Many images, each class equally often; each rank draws a part
     if args.num_samples > 0:
         labels = torch.arange(args.num_samples) % ar.config.num_classes
-        images = []
         numbers = torch.arange(args.num_samples).tensor_split(world_size)[rank]
-        bar = tqdm(total=len(numbers), desc="samples", unit=" images", disable=rank > 0)
-        for batch in numbers.split(batch_size):
-            with autocast:
-                codes = draw(ar, labels[batch], batch, args.seed, batch_size, settings)
-                images.append(decode(tokenizer, codes, batch_size))
-            bar.update(len(batch))
-        bar.close()
-        images = torch.cat(images).numpy()
+        with autocast:
+            codes = draw(ar, labels[numbers], numbers, args.seed, batch_size, settings, rank == 0)
+            images = decode(tokenizer, codes, batch_size).numpy()
         parts = [images] * world_size
         if world_size > 1:
             dist.gather_object(images, parts if rank == 0 else None)

@@ -36,7 +36,6 @@ except Exception:  # not installed, or built for another torch ("undefined symbo
 
 # Attention
 
-
 def can_flash(device, dtype):
     """Whether flash-attn serves this device and dtype: half precision on Ampere or later."""
     if flash_attn_func is None or device.type != "cuda" or dtype == torch.float32:
@@ -55,7 +54,6 @@ def attention(q, k, v, causal=False, mask=None):
 
 # Rotary position embedding (RoPE). The dimensions of a head are divided among three axes. A patch
 # has the position (row, column, 0), the l-th prologue token (0, 0, l): so both share one attention.
-
 
 def rope_axis_dims(head_dim):
     """Dimensions of the axes row, column, l in a head: 20, 20, 24 of 64, in pairs."""
@@ -91,7 +89,6 @@ def rope(x, cos, sin):
 
 
 # The transformer
-
 
 class RMSNorm(nn.Module):
     """x / |x| * sqrt(dim) * weight, in fp32 also under autocast."""
@@ -184,7 +181,6 @@ class Transformer(nn.Module):
 
 
 # The quantizers
-
 
 def unit_norm(x, dim=-1, eps=1e-12):
     """x / |x| along an axis; the epsilon inside the root gives x = 0 a finite gradient."""
@@ -302,15 +298,13 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise SystemExit(f"an image size of {self.image_size} is not a multiple of the patch "
-                             f"size {self.patch_size}")
+            raise SystemExit(f"a patch size of {self.patch_size} does not divide {self.image_size}")
+        if max(self.codebook_size, self.prologue_codebook_size) > 2**16:
+            raise SystemExit("codebook sizes are 65,536 at most: a token file has 16 bits a code")
         if self.layout in ("1d", "2d"):
             self.num_prologue = 0
             self.prologue_codebook_size = 0
-        if max(self.codebook_size, self.prologue_codebook_size) > 2**16:
-            raise SystemExit("--codebook_size and --prologue_codebook_size are 65,536 at most: a "
-                             "token file holds 16 bits a code")
-        if self.layout in ("prologue", "post") and self.num_prologue < 1:
+        elif self.num_prologue < 1:
             raise SystemExit(f"the layout {self.layout} has 1 or more prologue tokens; 2d has none")
 
     @property
@@ -462,7 +456,6 @@ class Tokenizer(nn.Module):
 
 # What the scripts share: files, device and ranks
 
-
 def open_out(out, *files):
     """The folder `out`, made where it is missing, without what a killed run left half-written of
     the `files`. Ends the script if nothing can be written to it."""
@@ -522,8 +515,7 @@ def read_safetensors(path, kind):
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{path}, which {maker} makes, cannot be read: {error}") from None
     if config.pop("kind", None) != kind:
-        raise SystemExit(f"{path} holds no {kind!r} of these scripts (released weights are "
-                         "imported by tools/released.py)")
+        raise SystemExit(f"{path} holds no {kind!r}; tools/released.py imports released weights")
     return tensors, config
 
 
@@ -546,9 +538,8 @@ def check_flags(parser, args, *positive):
 
 
 def setup(device="auto", dtype="fp32", timeout_hours=1):
-    """-> rank, world_size, device, autocast of this process. Ranks are started by torchrun, or by
-    any other launcher that sets its environment variables; without one, one process does
-    everything. The dtype "auto" is bf16 on GPUs that have it."""
+    """-> rank, world_size, device, autocast. Ranks are started by torchrun, or by any launcher that
+    sets its environment variables. The dtype "auto" is bf16 on GPUs that have it."""
     torch.set_float32_matmul_precision("highest")  # some containers start with TF32
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has not
@@ -567,7 +558,7 @@ def setup(device="auto", dtype="fp32", timeout_hours=1):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank % cards)))
     device = torch.device(device)
     if world_size > 1:
-        # Losses and gradients travel by nccl between GPUs, what is on the CPU by gloo.
+        # Losses and gradients travel by nccl between GPUs, what is on the CPU by gloo
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=timeout_hours))
     if dtype == "auto":

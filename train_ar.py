@@ -45,7 +45,6 @@ SHOWN = {"images_per_s": "images/s", "minutes_left": "min left", "l1": "l1", "vq
 
 # What both trainers share: flags, state, learning rate, log
 
-
 def parse_trainer_args(parser, *positive, hold, **defaults):
     """Adds the flags that both trainers have, parses all and checks them. defaults: those in which
     the trainers differ; hold: that of --hold, as a share of --steps; positive: see check_flags."""
@@ -59,16 +58,14 @@ def parse_trainer_args(parser, *positive, hold, **defaults):
     flag("--lr", type=float, help="learning rate after the warmup")
     flag("--min_lr", type=float, help="at the last step, after warmup and hold")
     flag("--warmup", type=int, default=50, help="steps of linear warmup")
-    flag("--hold", type=int, help="steps at --lr, before the linear decay; else half of --steps in "
-         "stage 1, a quarter in stage 2")
+    flag("--hold", type=int, help=f"steps at --lr before the linear decay; else {hold} of --steps")
     flag("--seed", type=int, default=0, help="of everything random")
 
     # Machine and files
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
     flag("--overwrite", action="store_true", help="start anew in place of what is in --out")
-    flag("--log_every", type=int, default=50, help="steps between lines of the log; here and "
-         "for the next 0 means at the end only")
+    flag("--log_every", type=int, default=50, help="steps between lines of the log; 0: at the end")
     flag("--eval_every", type=int, default=400, help="steps between held-out measures")
     flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")
     flag("--save_every", type=int, default=400, help="steps between saved states")
@@ -107,8 +104,7 @@ def load_state(path, weights, must_match, args):
     `must_match` is as then. All ranks do as the first: copies of data differ from node to node."""
     there, old_weights, must_match = of_first_rank((path.exists(), weights.exists(), must_match))
     if (there or old_weights) and not (args.resume or args.overwrite):
-        raise SystemExit(f"{weights} is there already: go on with --resume, take another --out, or "
-                         "replace it with --overwrite")
+        raise SystemExit(f"{weights} is there already: give --resume, --overwrite or another --out")
     if not there or args.overwrite:
         return None
     try:
@@ -199,7 +195,6 @@ def announce(model, start_step, log, args):
 
 # Model and held-out measures
 
-
 def build_model(args, tokens, rank):
     """A new AR model for the codes, or one that starts from the weights of --init, whatever its
     classes are: a known class keeps its embedding, any other starts as no class."""
@@ -230,8 +225,7 @@ def build_model(args, tokens, rank):
 
 @torch.no_grad()
 def evaluate(ar, tokens, count, device, autocast):
-    """Nats per image and top-1 accuracy of each token group, given the class, over the first crops
-    of `count` images."""
+    """AR.measure, as val_..., in the mean over the first crops of `count` held-out images."""
     count = min(count, len(tokens.codes))
     indices = torch.arange(count) * len(tokens.codes) // count  # spread over all classes
     means = defaultdict(float)
@@ -273,15 +267,13 @@ def main():
     val_path = codes_path.with_stem(f"{codes_path.stem}_val")
     val_tokens = Tokens(val_path) if val_path.exists() and args.eval_images > 0 else None
     if val_tokens and val_tokens.partner != tokens.digest:
-        raise SystemExit(f"{val_path} and {codes_path} are of two runs of pretokenize.py: run it "
-                         "again, to its end")
+        raise SystemExit(f"{val_path} and {codes_path} are of two runs: run pretokenize.py again")
     own = out / "tokenizer.safetensors"
     tokenizer_path = own if own.exists() else Path(args.tokenizer or own)
     _, about = read_safetensors(tokenizer_path, "tokenizer")
     if about["fingerprint"] != tokens.config.fingerprint:
-        raise SystemExit(f"{tokenizer_path} and {codes_path} are of two tokenizers: run "
-                         "pretokenize.py again, or take another --out")
-    num_images, num_crops, length = tokens.codes.shape
+        raise SystemExit(f"{tokenizer_path} did not make {codes_path}: run pretokenize.py again")
+    num_images, num_crops, _ = tokens.codes.shape
 
     # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL
     if rank == 0:
@@ -309,8 +301,7 @@ def main():
         if not own.exists():  # a copy, so that --out holds a pair
             with atomic_write(own) as temporary:
                 shutil.copyfile(tokenizer_path, temporary)
-        print(f"{codes_path}: {num_images} images of {len(tokens.classes)} classes x {num_crops} "
-              f"crops x {length} codes")
+        print(f"{codes_path}: images x crops x codes {tokens.codes.shape}")
         announce(ar, start_step, log, args)
 
     # The loop

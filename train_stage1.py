@@ -33,10 +33,9 @@ Which loss reaches which weights:
 In the layout post the first encoder, its codes and the decoder are frozen, and ce alone is left;
 with --direct_ce ce goes into the visual projection and codebook, times lambda.
 
-In --out it leaves tokenizer.safetensors (the EMA), joint_ar.safetensors, train_stage1.jsonl (the
-log), train_stage1.png (held-out images above their reconstructions) and train_stage1.pt (the state
-for --resume). With --onestage the AR model is the final one, ar.safetensors, and the tokenizer the
-raw one that it was trained with.
+In --out it leaves tokenizer.safetensors (the EMA), joint_ar.safetensors and, named train_stage1, a
+log, held-out images above their reconstructions, and the state for --resume. With --onestage the AR
+model is the final one, ar.safetensors, and the tokenizer the raw one that it was trained with.
 """
 
 import argparse
@@ -81,8 +80,8 @@ MODEL_FLAGS = {
     "tau": "temperature of Prob-STE",
 }
 
-# Models, losses and EMA
 
+# Models, losses and EMA
 
 class Stage1(nn.Module):
     """Tokenizer and joint AR model in one forward, as DistributedDataParallel wants it.
@@ -182,13 +181,11 @@ def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     logits_real = discriminator(x)  # (B, 1, h, w)
     logits_fake = discriminator(y.detach())
     vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
-
     means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
     average(means)
     mean_real, mean_fake = discriminator.averages.lerp_(means, 0.001 * micro_share)  # decay 0.999
     lecam = F.relu(logits_real - mean_fake).square().mean()
     lecam = lecam + F.relu(mean_real - logits_fake).square().mean()
-
     r1 = torch.zeros_like(vanilla)
     if with_r1:
         (gradient,) = torch.autograd.grad(logits_real.sum(), x, create_graph=True)
@@ -199,8 +196,7 @@ def discriminator_loss(discriminator, x, y, with_r1, micro_share):
 
 
 def build_tokenizer(args):
-    """A new tokenizer, or one that starts from the weights of --init. The layout post adds a
-    prologue to a 2d one."""
+    """A new tokenizer, or one with the weights of --init, of which a 2d one can become post."""
     changed = {name: value for name, value in vars(args).items() if name in MODEL_FLAGS}
     config = TokenizerConfig(**SIZES[args.size], layout=args.layout)
     if args.init is None:
@@ -215,13 +211,10 @@ def build_tokenizer(args):
     elif args.layout == old.config.layout:
         config = old.config
     else:
-        raise SystemExit(f"--init {args.init} has the layout {old.config.layout}: give --layout "
-                         f"{old.config.layout} to train it on (only a 2d one can change, to post)")
+        raise SystemExit(f"--init {args.init} has the layout {old.config.layout}, which can change "
+                         "from 2d to post only")
     tokenizer = Tokenizer(replace(config, fingerprint="", **changed))
-    try:
-        tokenizer.load_state_dict(old.state_dict(), strict=False)  # the layout post has more
-    except RuntimeError:
-        raise SystemExit(f"--init {args.init} has other sizes than {changed}") from None
+    tokenizer.load_state_dict(old.state_dict(), strict=False)  # the layout post has more
     return tokenizer
 
 
@@ -234,10 +227,8 @@ def update_ema(ema, model, half_life):
 
 # Data and held-out measures
 
-
 def training_view(images, visit, size, args):
-    """The crop that a visit sees, mirrored half of the time with --flip: uint8 (size, size, 3).
-    Depends on (seed, visit) only."""
+    """The crop that a visit sees, uint8 (size, size, 3); it depends on (seed, visit) only."""
     (index,) = visited_images(args.seed, visit, 1, len(images))
     rng = random.Random(f"{args.seed} {visit}")
     image = images.open(index)
@@ -257,9 +248,8 @@ def held_out(images, size, args):
 
 @torch.no_grad()
 def evaluate(picture, tokenizer, ar, labels, images, device, autocast):
-    """Measures of held-out images uint8 (n, H, W, 3): PSNR in dB, for both codebooks how many codes
-    are used and their perplexity, and with an AR model AR.measure. The first go to the file
-    `picture`, above their reconstructions."""
+    """Means over held-out images uint8 (n, H, W, 3): PSNR in dB, AR.measure; and of each codebook
+    the codes in use and their perplexity. The first go to `picture`, above what becomes of them."""
     means = defaultdict(float)
     all_codes = []
     for x, batch_labels in zip(images.split(64), labels.split(64)):  # x (B, H, W, 3)
@@ -291,8 +281,7 @@ def parse_args():
 
     # Data
     flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
-    flag("--val_data", help="held-out images; else val, valid or validation beside train, "
-         "else --data")
+    flag("--val_data", help="else val, valid or validation beside train; else --data")
     flag("--crop", default="center", choices=["center", "random"], help="random is ADM's")
     flag("--flip", action="store_true", help="mirror half of the images")
     flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
@@ -301,8 +290,7 @@ def parse_args():
     flag("--size", default="tiny", choices=SIZES, help="of networks, images and codebooks")
     flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
     flag("--init", metavar="TOKENIZER", help="file to go on from; its size counts")
-    group = parser.add_argument_group("sizes, by default those of --init or of --size", "in "
-                                      f"brackets: for {', '.join(SIZES)}")
+    group = parser.add_argument_group("else as in --init, or as [tiny, S, B, L] of --size")
     for name, text in MODEL_FLAGS.items():
         values = [getattr(TokenizerConfig(**size), name) for size in SIZES.values()]
         group.add_argument(f"--{name}", type=type(values[0]), default=argparse.SUPPRESS,
@@ -383,8 +371,8 @@ def main():
     try:
         perceptual_loss = Perceptual(args.perceptual).to(device, **memory)
     except OSError as error:
-        raise SystemExit(f"--perceptual {args.perceptual}: its weights cannot be downloaded "
-                         f"({error}); README.md says what to fetch") from None
+        raise SystemExit(f"--perceptual {args.perceptual} cannot download its weights ({error}): "
+                         "README.md says what to fetch") from None
     discriminator = Discriminator(args.gan_channels).to(device, **memory)
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
 

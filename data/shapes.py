@@ -17,7 +17,7 @@ def picture(kind, rng, size=64):
     side = 4 * size
     ground = tuple(rng.randrange(0, 90) for _ in range(3))
     colour = tuple(rng.randrange(120, 256) for _ in range(3))
-    radius = rng.uniform(0.15, 0.35) * side
+    radius = rng.uniform(0.25, 0.45) * side
     x = rng.uniform(radius, side - radius)
     y = rng.uniform(radius, side - radius)
     image = Image.new("RGB", (side, side), ground)
@@ -26,7 +26,7 @@ def picture(kind, rng, size=64):
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     else:
         sides = {"square": 4, "triangle": 3}[kind]
-        draw.regular_polygon((x, y, radius), sides, rotation=rng.randrange(360), fill=colour)
+        draw.regular_polygon((x, y, radius), sides, fill=colour)
     return image.resize((size, size), Image.Resampling.BOX)
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from test_scripts import ROOT, STEPS, TRAINERS, call, copies, pipeline, printed, refusal, trainer
 
-from pretokenize import Images, Tokens, center_crop, default_val, open_image
+from pretokenize import Images, center_crop, default_val, open_image
 from tokenizer import read_safetensors, save_checkpoint
 
 SHOE = (ROOT / "results" / "shoe.png").read_bytes()  # 28 x 28
@@ -69,7 +69,7 @@ def test_pixels_are_those_that_a_viewer_shows(tmp_path):
     with pytest.raises(SystemExit, match="script.png cannot be .*: cannot identify"):
         open_image(tmp_path / "script.png")  # and Ghostscript is not asked
     for mode in ("F", "I"):
-        with pytest.raises(SystemExit, match=f"{mode}.tiff holds floats or 32-bit integers"):
+        with pytest.raises(SystemExit, match=f"{mode}.tiff has floats or 32-bit integers"):
             pixels(Image.new(mode, (2, 2)), f"{mode}.tiff")
 
 
@@ -111,7 +111,7 @@ def test_photos_that_are_left_out_are_counted(tmp_path):
 def test_a_folder_of_splits_is_no_folder_of_classes(tmp_path, train, val):
     mine = files(tmp_path / "mine", *(f"{side}/{name}/1.png" for side in (train, val)
                                       for name in ("cat", "dog")))
-    with pytest.raises(SystemExit, match="and not classes: add one of them"):
+    with pytest.raises(SystemExit, match="holds no classes but"):
         Images(mine)
     assert Images(mine / train).classes == ["cat", "dog"]
     known = {"valid": "valid", "validation": None}.get(val)  # beside `train` alone
@@ -179,21 +179,13 @@ def test_tokens_of_two_runs_are_told_apart(tmp_path):
     with mock.patch("pretokenize.image_crops", side_effect=functools.partial(stop_at_train, [])):
         assert refusal(*words) == "power cut"
     train = ["train_ar", "--out", tmp_path, *STEPS, "--overwrite"]
-    assert "codes.safetensors are of two runs of pretokenize.py" in refusal(*train)
+    assert "codes.safetensors are of two runs" in refusal(*train)
     call(*words)
     (tmp_path / "b").rename(tmp_path / "moved")
     words[2] = tmp_path / "moved" / "train"
     assert "is up to date" in printed(*words)
-    codes = tmp_path / "codes.safetensors"
     assert not list(tmp_path.glob("*.parts"))
     call(*train)
-    tensors, about = read_safetensors(codes, "codes")
-    for name, last in (("codes", (0, 0, 7)), ("labels", 5)):
-        spoiled = {key: tensor.clone() for key, tensor in tensors.items()}
-        spoiled[name][last] = 64 if name == "codes" else 3
-        save_checkpoint(codes, "codes", spoiled, about)
-        with pytest.raises(SystemExit, match="codes beyond their codebook, or labels beyond"):
-            Tokens(codes)
 
 
 def stop_at_train(calls, images, index, size, crop, flip):
@@ -250,29 +242,26 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("cannot be written to", *stage1, cow, "--out", state),
         ("cannot be written to", *draw, "--out", state / "below"),
         ("1 or more prologue tokens", *stage1, cow, "--num_prologue", 0, "--onestage"),
-        ("is there already: go on with --resume", *stage1, cow, "--out", made / "mixed"),
-        ("is there already: go on with --resume", *trainer("train_ar", pair)),
+        ("is there already: give --resume", *stage1, cow, "--out", made / "mixed"),
+        ("is there already: give --resume", *trainer("train_ar", pair)),
         ("codes of another tokenizer", *trainer("train_ar", tmp_path / "out"), "--init",
          ROOT / "checkpoints" / "fashion_mnist" / "ar.safetensors"),
-        ("has other sizes than {'patch_size': 7}", *stage1, cow, "--patch_size", 7, "--init",
-         pair / "tokenizer.safetensors"),
         ("are 65,536 at most", *stage1, cow, "--codebook_size", 70_000),
         ("notes.zip holds no images", *stage1, files(made / "notes.zip", "notes.csv")),
-        ("a dataset of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
+        ("a dataset.json of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
         ("1.png beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
-        ("holds the folders ['train', 'val']", *stage1, files(made / "z.zip", *splits) / "mine"),
-        ("holds the folders ['mine'] and not", *stage1, made / "z.zip"),
+        ("holds no classes but ['train', 'val']", *stage1, files(made / "z.zip", *splits) / "mine"),
+        ("holds no classes but ['mine']", *stage1, made / "z.zip"),
         ("half.png cannot be read as an image", *stage1, made / "broken"),
-        ("28 is not a multiple of the patch size 5", *stage1, cow, "--patch_size", 5),
+        ("a patch size of 5 does not divide 28", *stage1, cow, "--patch_size", 5),
         ("does not divide into 1 ranks", *stage1, cow, "--micro_batch_size", 3),
         ("'cat' is in one of them only", "pretokenize", *other, *out, "--data", cow, "--val_data",
          made / "broken"),
-        ("are of two tokenizers", *trainer("train_ar", tmp_path / "out"), *other),
+        ("tokenizer.safetensors did not make", *trainer("train_ar", tmp_path / "out"), *other),
         ("not a whole training state", *trainer("train_ar", made), "--resume"),
         ("codes of another tokenizer", *draw, "--pair", made / "mixed"),
         ("ar.safetensors, which train_ar.py makes", *draw, "--pair", made / "cut"),
-        ("mnie holds no ar.safetensors: --pair", "sample", "--out", tmp_path / "mnie"),
-        ("which train_stage1.py makes", "sample", "--pair", tmp_path / "mnie"),
+        ("which train_stage1.py makes", "sample", "--out", tmp_path / "mnie"),
         ("--classes 7: a number from 0 to 1", *draw, "--classes", 7),
         ("nothing.npz does not exist", "fid", "nothing.npz"),
         ("few.npz holds 3 images", "fid", made / "few.npz"),
