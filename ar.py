@@ -83,8 +83,7 @@ class AR(nn.Module):
         self.head = nn.Linear(config.dim, vocabulary, bias=False)
         for module in (self.class_embedding, self.token_embedding, self.head):
             init_weights(module)
-        # A sequence has one axis, l, whose dimensions come first in a head here, as in the released
-        # weights; those of row and column are not turned.
+        # The one axis of a sequence, l, comes first in a head here; row and column are not turned
         positions = torch.arange(self.length)
         angles = rope_angles(positions, rope_axis_dims(config.head_dim)[2], 10000.0)
         angles = F.pad(angles, (0, config.head_dim // 2 - angles.shape[1]))  # (L, d/2)
@@ -170,12 +169,10 @@ class AR(nn.Module):
         return self.norm(x[:, -1])
 
     def draw_tokens(self, labels, prefix, allowed, scales, noise, **sampling):
-        """Draws len(scales) codes, one after the other, that follow the tokens `prefix` (B, T).
-
-        allowed: slice of the vocabulary to draw from. scales: guidance of each code. noise: (B, at
-        least len(scales)). sampling: of sample_codes. Returns codes (B, len(scales)), counted from
-        0 in `allowed`. Where a shape says 2B, it is B without guidance.
-        """
+        """Draws codes (B, len(scales)), one after the other, which follow the tokens `prefix` (B,
+        T). allowed: part of the vocabulary to draw from, where codes count from 0. scales: guidance
+        of each code. noise: (B, at least len(scales)). sampling: of sample_codes. Where a shape
+        says 2B, it is B without guidance."""
         halves = 1
         if any(scale != 1 for scale in scales):
             halves = 2  # the class and the unconditional one run as one batch
@@ -233,9 +230,9 @@ class AR(nn.Module):
         prefix = labels.new_empty(len(labels), 0)  # (B, 0)
         if k > 0:
             if prologue is None:
-                prologue = self.draw_tokens(
-                    labels, prefix, slice(v, self.eos), [cfg_prologue] * k, noise,
-                    temperature=temperature_prologue, **filters)
+                scales = [cfg_prologue] * k
+                prologue = self.draw_tokens(labels, prefix, slice(v, self.eos), scales, noise,
+                                            temperature=temperature_prologue, **filters)
             # EOS is never drawn: it goes in together with the prologue, all K+1 at once.
             eos = prologue.new_full((len(labels), 1), self.eos)
             prefix = torch.cat([prologue + v, eos], 1)  # (B, K+1)
@@ -311,13 +308,11 @@ def guidance(scale, schedule, power, t):
 
 
 def sample_codes(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draws a code for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) int64.
-
-    By the inverse of the cumulative distribution: one number decides a token, so that, up to the
-    rounding of the logits, a draw is the same on any device and in any batch. top_k keeps the k
-    likeliest codes (0 is off), top_p the likeliest that together have this probability (1 is off);
-    the likeliest code always stays.
-    """
+    """Draws a code for each row: logits (B, V), u (B,) uniform in [0, 1) -> (B,) int64, by the
+    inverse of the cumulative distribution: one number decides a token, so that, up to the rounding
+    of the logits, a draw is the same on any device and in any batch. top_k keeps the k likeliest
+    codes (0 is off), top_p the likeliest that together have this probability (1 is off); the
+    likeliest code always stays."""
     logits = logits.float() / max(temperature, 1e-6)  # 0 draws the likeliest code
     if top_k > 0:
         kept = logits.topk(min(top_k, logits.shape[-1])).values  # (B, k), largest first

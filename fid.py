@@ -81,11 +81,8 @@ def open_npz(path):
 
 class Inception(nn.Module):
     """TensorFlow's Inception of 2015-12-05, in torch-fidelity's port with its TF1 resize to 299.
-
-    `weights` is torch-fidelity's file; without one it is downloaded. Sources:
-    https://github.com/toshas/torch-fidelity and, for what is read from the network,
-    https://github.com/openai/guided-diffusion/tree/main/evaluations
-    """
+    `weights` is torch-fidelity's file; without one it is downloaded. What is read from the network:
+    https://github.com/openai/guided-diffusion/tree/main/evaluations"""
 
     widths = {"pool": 2048, "spatial": 2023}
 
@@ -146,11 +143,8 @@ def inception_score(p, split=5000):
 
 @torch.no_grad()
 def extract(network, batches, device):
-    """Runs batches of images uint8 (B, H, W, 3) through a network of `feature_network`.
-
-    Returns "pool" and, from Inception, "spatial": (mu, sigma); "inception_score"; "features": pool
-    (N, d) float32.
-    """
+    """Runs batches of images uint8 (B, H, W, 3) through a network of `feature_network` -> "pool"
+    and, from Inception, "spatial": (mu, sigma); "inception_score"; "features": (N, d) float32."""
     outputs = defaultdict(list)
     bar = tqdm(unit=" images")
     for images in batches:
@@ -168,11 +162,9 @@ def extract(network, batches, device):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means (d,) and covariances (d, d).
-
-    S1 S2 has the eigenvalues of the symmetric R S2 R, R = S1^(1/2); so they are real and found
-    safely whatever the rank, and the trace of the root is the sum of their roots.
-    """
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means (d,) and covariances (d, d). S1 S2 has
+    the eigenvalues of the symmetric R S2 R, R = S1^(1/2); so they are real and found safely
+    whatever the rank, and the trace of the root is the sum of their roots."""
     values, vectors = scipy.linalg.eigh(sigma1)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     trace = np.sqrt(scipy.linalg.eigvalsh(root @ sigma2 @ root).clip(0)).sum()
@@ -181,13 +173,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def precision_recall(samples, reference):
-    """Improved precision and recall of features (n, d) and (m, d) float32, by torch-fidelity.
-
+    """Improved precision and recall (https://arxiv.org/abs/1904.06991) of features (n, d), (m, d).
     A point lies in the manifold of a set if it is no further from some point of the set than that
     point's third nearest neighbour in the set is. Precision is the share of samples in the
-    manifold of the reference, recall the share of reference images in that of the samples.
-    Source: https://arxiv.org/abs/1904.06991
-    """
+    manifold of the reference, recall the share of reference images in that of the samples."""
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
     return calculate_precision_recall_part(samples, reference, batch_size=1000)
@@ -212,18 +201,16 @@ def default_images(codes_path, size, bundled):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="FID, sFID, Inception Score, precision and recall; rFID and PSNR.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Score samples or reconstructions.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("samples", nargs="?", help="npz, folder or zip of images; else samples.npz in --out")
     flag("reference", nargs="?", help="npz, folder or zip; else what codes.safetensors beside the "
          "samples was made of, centre-cropped; else for 28 x 28 the bundled images")
     flag("--crop", action="store_true", help="centre-crop the reference to the samples' size")
-    flag("--tokenizer", metavar="FILE", help="score what it makes of the first argument's images, "
-         "else of those held out beside it")
-    flag("--inception", metavar="FILE", help="torch-fidelity's weights; else downloaded, or for "
-         "28 x 28 a classifier of Fashion-MNIST")
+    flag("--tokenizer", metavar="FILE", help="score its reconstructions of the first argument, or "
+         "of what is held out beside it")
+    flag("--inception", metavar="FILE", help="weights; else downloaded, but for 28 x 28")
     flag("--batch_size", type=int, default=100, help="images per forward")
     flag("--out", default="out", help="folder where samples.npz is looked for")
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
@@ -271,8 +258,7 @@ def main():
             statistics[feature] = (stored[mu], stored[sigma])
             width = network.widths.get(feature)
             if stored[mu].shape != (width,):
-                raise SystemExit(f"{reference}: {mu} is not of the {width} features that the "
-                                 f"network {name} has")
+                raise SystemExit(f"{reference}: {mu} is not of {width} features of {name}")
 
     # Features
     against = statistics

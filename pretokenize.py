@@ -105,11 +105,8 @@ def random_crop(image, size, rng):
 
 def image_crops(images, index, size, crop, flip):
     """All crops of one image that are tokenized: uint8 (crops, size, size, 3), mirrored ones last.
-
-    ten: the corners and the middle of the centre crop of side 1.1 * size (281 for 256), and of its
-    mirror image. The corners of the whole picture would be of another distribution than the
-    reference's centre crops.
-    """
+    ten: corners and middle of the centre crop of side 1.1 * size (281 for 256), and of its mirror
+    image; the whole picture's corners would have another distribution than the reference's."""
     square = center_crop(images.open(index), int(1.1 * size) if crop == "ten" else size)
     places = [(0, 0)]
     if crop == "ten":
@@ -198,9 +195,8 @@ def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
 # Batches and picture sheets
 
 def visited_images(seed, first, count, num_images):
-    """Numbers (count,) of the images at the visits first, first + 1, ... Visits number what
-    training reads, from 0, over all epochs and ranks; each epoch is a new random order. So a run
-    can be resumed on another number of ranks."""
+    """Numbers (count,) of the images at the visits first, first + 1, ... Visits count what training
+    reads over all epochs, each in a new random order; so runs resume on any number of ranks."""
     visits = range(first, first + count)
     return [int(epoch_order(seed, v // num_images, num_images)[v % num_images]) for v in visits]
 
@@ -237,8 +233,7 @@ def save_grid(path, rows):
 # Images in folders and zips: what real files are like. To be skipped at first.
 
 def open_image(file, archive=None):
-    """A PIL image in RGB of a file, or of an entry of the zip `archive`, whatever its mode and
-    extension: upright, transparency on white, 16 bits scaled to 8."""
+    """PIL image in RGB of a file or zip entry: upright, transparency on white, 16 bits as 8."""
     place = f"{file} in {archive}" if archive else file
     try:
         source = io.BytesIO(open_zip(archive).read(file)) if archive else file
@@ -326,7 +321,7 @@ class Images:
             raise SystemExit(f"{path} is no folder, no zip file and no path into a zip file")
         if "dataset.json" in found:
             raise SystemExit(f"{path} has a dataset.json of StyleGAN: sort its images into classes")
-        # Hidden files, and what macOS adds to zips, do not count
+        # Not hidden files, and not what macOS adds to zips
         visible = sorted(name for name in found if not re.search(r"(^|/)(\.|__MACOSX)", name))
         self.names = [name for name in visible if extension(name) in EXTENSIONS]
         self.places = [found[name] for name in self.names]
@@ -435,8 +430,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    # All in true fp32, as TF32 would change some of the codes. Ranks may wait for hours for the one
-    # with the most parts left.
+    # In true fp32, as TF32 would change codes. Ranks may wait for hours for the slowest
     rank, world_size, device, _ = setup(args.device, timeout_hours=12)
     out = Path(args.out)
     tokenizer = Tokenizer.load(args.tokenizer or out / "tokenizer.safetensors").to(device)

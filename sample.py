@@ -257,8 +257,7 @@ def main():
             how = json.dumps(vars(args) | dict(pair=str(folder), preset=preset) | settings)
             with atomic_write(out / "samples.npz") as temporary, open(temporary, "wb") as file:
                 np.savez(file, arr_0=np.concatenate(parts), arr_1=labels.numpy(), how=how)
-            print(f"{out / 'samples.npz'}: {args.num_samples} images. Next: python fid.py --out "
-                  f"{out}")
+            print(f"{out}/samples.npz: {args.num_samples} images. Next: python fid.py --out {out}")
 
     finish()
 

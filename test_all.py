@@ -42,11 +42,9 @@ def test_shapes(layout):
     assert codes.min() >= 0
     assert codes[:, k:].max() < V
     assert k == 0 or codes[:, :k].max() < P
-
     # The decoder sees visual codes only.
     assert tokenizer.decode(codes).shape == (4, 3, 32, 32)
     assert torch.equal(tokenizer.decode(codes), tokenizer.decode(codes[:, k:]))
-
     reconstruction, training_codes, onehot, _ = tokenizer(images)
     assert torch.equal(training_codes, codes)
     assert (reconstruction is None) == (layout == "post")  # its visual path is frozen

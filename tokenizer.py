@@ -38,9 +38,8 @@ except Exception:  # not installed, or built for another torch ("undefined symbo
 
 def can_flash(device, dtype):
     """Whether flash-attn serves this device and dtype: half precision on Ampere or later."""
-    if flash_attn_func is None or device.type != "cuda" or dtype == torch.float32:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    can = flash_attn_func is not None and device.type == "cuda" and dtype != torch.float32
+    return can and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attention(q, k, v, causal=False, mask=None):
@@ -409,10 +408,8 @@ class Tokenizer(nn.Module):
 
     def quantize(self, images, direct_ce=False):
         """images (B, 3, H, W) -> visual code vectors (B, N, c), codes (B, K+N), one-hot, losses.
-
         The one-hot carries CE's gradient: it is that of the prologue (B, K, P), or with direct_ce
-        that of the visual codes (B, N, V), or None.
-        """
+        that of the visual codes (B, N, V), or None."""
         h_visual, h_prologue = self.hidden(images)
         q, codes, losses = self.visual_quantizer(h_visual)
         onehot = None

@@ -239,9 +239,8 @@ def evaluate(ar, tokens, count, device, autocast):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Train an AR model. Defaults are the tiny demo's, recipes/ has the paper's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train an AR model; recipes/ has the paper's.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--codes", help="token file, beside its codes_val; else codes.safetensors in --out")
     flag("--tokenizer", help="file that made the codes; else tokenizer.safetensors in --out")
@@ -314,8 +313,7 @@ def main():
             group["lr"] = lr
         optimizer.zero_grad()
 
-        # Random numbers are drawn for the global batch, of which each rank takes its slice; only
-        # for dropout each rank draws its own
+        # Random numbers are those of the global batch, but for dropout's; a rank takes its slice
         seed = args.seed * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed % 2**63)
         torch.manual_seed((seed * world_size + rank) % 2**63)
@@ -368,8 +366,8 @@ def main():
         if rank == 0 and is_due(args.save_every, step, args):
             check_moments(step, [optimizer])
             ar.save(out / "ar.safetensors")
-            state = dict(step=step, steps=args.steps, lowest=lowest, must_match=must_match,
-                         config=asdict(ar.config), ar=ar.state_dict(),
+            state = dict(step=step, steps=args.steps, config=asdict(ar.config),
+                         must_match=must_match, lowest=lowest, ar=ar.state_dict(),
                          optimizer=optimizer.state_dict())
             save_state(out / "train_ar.pt", state)
 

@@ -84,12 +84,9 @@ MODEL_FLAGS = {
 # Models, losses and EMA
 
 class Stage1(nn.Module):
-    """Tokenizer and joint AR model in one forward, as DistributedDataParallel wants it.
-
-    lambda (`ce_weight`) multiplies the gradient that CE sends into the one-hot codes and nothing
-    else: so the encoder is trained on lambda * CE and the AR model on CE, just as by two
-    separate updates.
-    """
+    """Tokenizer and joint AR model in one forward, as DistributedDataParallel wants it. lambda
+    (`ce_weight`) multiplies the gradient that CE sends into the one-hot codes and nothing else: so
+    the encoder is trained on lambda * CE and the AR model on CE, just as by two updates."""
 
     def __init__(self, tokenizer, ar, ce_weight, direct_ce=False):
         super().__init__()
@@ -172,11 +169,9 @@ class Perceptual(nn.Module):
 
 def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     """Loss of the discriminator on images x against reconstructions y, and its terms for the log.
-
     R1 is |d logits / d x|^2, summed over pixels. LeCam (Tseng et al. 2021) penalizes real logits
-    above the running mean of the fake ones and fake logits below that of the real ones, which keeps
-    a discriminator from overfitting few images. micro_share: of this micro-batch in the step.
-    """
+    above the running mean of the fake ones and fake logits below that of the real ones, against
+    overfitting to few images. micro_share: of this micro-batch in the step."""
     x = x.detach().requires_grad_(with_r1)
     logits_real = discriminator(x)  # (B, 1, h, w)
     logits_fake = discriminator(y.detach())
@@ -211,8 +206,7 @@ def build_tokenizer(args):
     elif args.layout == old.config.layout:
         config = old.config
     else:
-        raise SystemExit(f"--init {args.init} has the layout {old.config.layout}, which can change "
-                         "from 2d to post only")
+        raise SystemExit(f"--init {args.init} is {old.config.layout}: only 2d can change, to post")
     tokenizer = Tokenizer(replace(config, fingerprint="", **changed))
     tokenizer.load_state_dict(old.state_dict(), strict=False)  # the layout post has more
     return tokenizer
@@ -274,9 +268,8 @@ def evaluate(picture, tokenizer, ar, labels, images, device, autocast):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        description="Train a tokenizer. Defaults are the tiny demo's, recipes/ has the paper's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train a tokenizer; recipes/ has the paper's.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
 
     # Data
@@ -301,8 +294,7 @@ def parse_args():
     flag("--onestage", action="store_true", help="the AR model is the final one, with classes")
     flag("--direct_ce", action="store_true", help="1d, 2d: CE on the visual tokens (Fig. 5)")
     flag("--ce_weight", type=float, default=3.0, help="lambda: factor of CE's gradient")
-    flag("--visual_dropout", type=float, default=0.5, help="share of images whose visual tokens "
-         "are hidden from the AR model")
+    flag("--visual_dropout", type=float, default=0.5, help="share of images with hidden codes")
 
     # Losses
     flag("--perceptual", default="none", choices=["none", "vgg", "convnext"], help="vgg is LPIPS")
@@ -496,9 +488,8 @@ def main():
             if ar is not None:
                 ar.config.tokenizer = result.config.fingerprint if args.onestage else ""
                 ar.save(out / ("ar.safetensors" if args.onestage else "joint_ar.safetensors"))
-            state = dict(step=step, steps=args.steps, must_match=must_match,
-                         config=asdict(tokenizer.config),
-                         parts=[part.state_dict() for part in stateful])
+            state = dict(step=step, steps=args.steps, config=asdict(tokenizer.config),
+                         must_match=must_match, parts=[part.state_dict() for part in stateful])
             save_state(out / "train_stage1.pt", state)
 
     if rank == 0:
