@@ -142,6 +142,7 @@ class Tokens:
 
 
 def short_hash(value):
+    """Of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 

@@ -266,8 +266,7 @@ class PrologueQuantizer(nn.Module):
 
 LAYOUTS = ("prologue", "2d", "1d", "post")
 
-# What differs from the defaults of TokenizerConfig, which are B. B and L are those of paper table
-# A4, S is ours, for a single GPU.
+# What differs from TokenizerConfig's defaults. B, L: paper table A4; S is ours, for a single GPU
 SIZES = {
     "tiny": dict(encoder=(3, 96), decoder=(3, 96), post=(3, 96), head_dim=32, image_size=28,
                  patch_size=4, codebook_size=256, code_dim=8, num_prologue=8,

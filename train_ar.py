@@ -36,11 +36,10 @@ from tokenizer import (Transformer, atomic_write, average, check_finite, check_f
 CLASS_DROPOUT = 0.1  # share of images that are trained without their class
 GRAD_CLIP = 1.0  # largest norm of the gradient
 BETAS = (0.9, 0.96)  # of AdamW
-# What people watch of the log's numbers, and its name on a terminal
-SHOWN = {"images_per_s": "images/s", "minutes_left": "min left", "l1": "l1", "vq": "vq",
-         "perceptual": "perceptual", "ce": "ce", "discriminator": "D", "nats": "nats",
-         "val_psnr": "held out: PSNR", "val_nats": "held-out nats", "val_nats_prologue": "prologue",
-         "val_nats_visual": "visual"}
+# What people watch of the log, and its name on a terminal
+SHOWN = {"images_per_s": "images/s", "minutes_left": "min left", "l1": "l1", "vq": "vq", "ce": "ce",
+         "perceptual": "perceptual", "discriminator": "D", "nats": "nats", "val_psnr": "PSNR",
+         "val_nats": "held-out nats", "val_nats_prologue": "prologue", "val_nats_visual": "visual"}
 
 
 # What both trainers share: flags, state, learning rate, log
@@ -64,7 +63,7 @@ def parse_trainer_args(parser, *positive, hold, **defaults):
     # Machine and files
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--overwrite", action="store_true", help="start anew in place of what is in --out")
+    flag("--overwrite", action="store_true", help="replace a run in --out; with --resume its data")
     flag("--log_every", type=int, default=50, help="steps between lines of the log; 0: at the end")
     flag("--eval_every", type=int, default=400, help="steps between held-out measures")
     flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")
@@ -100,12 +99,12 @@ def on_ctrl_c(step, rank=0):
 
 
 def load_state(path, weights, must_match, args):
-    """The state that a trainer saved at `path` after its `weights`, or None. With --resume, what
+    """The state that a trainer saved at `path` after its `weights`, or None for a new run. What
     `must_match` is as then. All ranks do as the first: copies of data differ from node to node."""
     there, old_weights, must_match = of_first_rank((path.exists(), weights.exists(), must_match))
     if (there or old_weights) and not (args.resume or args.overwrite):
         raise SystemExit(f"{weights} is there already: give --resume, --overwrite or another --out")
-    if not there or args.overwrite:
+    if not there or not args.resume:
         return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
@@ -113,9 +112,9 @@ def load_state(path, weights, must_match, args):
         raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
     before = state["config"] | state["must_match"]
     for name, value in must_match.items():
-        if before.get(name) != value:
+        if before.get(name) != value and not args.overwrite:
             raise SystemExit(f"--resume: {path} was made with other {name}, {before.get(name)} and "
-                             f"not {value}; --init goes on from its weights, into another --out")
+                             f"not {value}: add --overwrite to go on nevertheless")
     return state
 
 
@@ -175,8 +174,7 @@ def log_line(step, lr, terms, seconds, args):
 
 
 def write_log(line, path, args):
-    """Appends a line to a trainer's log, and shows people what they watch of it. After a resume
-    some steps stand in the log twice; the later line counts."""
+    """Appends a line to a trainer's log, of which the last counts for a step; shows some of it."""
     with open(path, "a") as log:
         print(json.dumps(line), file=log)
     words = [f"{text} {line[name]:.4g}" for name, text in SHOWN.items() if line.get(name)]
@@ -195,12 +193,15 @@ def announce(model, start_step, log, args):
 
 # Model and held-out measures
 
-def build_model(args, tokens, rank):
-    """A new AR model for the codes, or one that starts from the weights of --init, whatever its
-    classes are: a known class keeps its embedding, any other starts as no class."""
+def build_model(args, tokens, state, rank):
+    """A new AR model for the codes, or that of a state to load, or one with the weights of --init,
+    whatever its classes are: a known class keeps its embedding, any other starts as no class."""
     config = ARConfig.for_tokenizer(tokens.config, **SIZES[args.size],
                                     num_classes=len(tokens.classes), classes=tokens.classes,
                                     dropout=args.dropout, tokenizer=tokens.config.fingerprint)
+    if state:
+        classes = dict(num_classes=len(tokens.classes), classes=tokens.classes)
+        return AR(ARConfig(**state["config"] | classes))
     if args.init is None:
         return AR(config)
     old = AR.load(args.init)
@@ -281,7 +282,7 @@ def main():
     same = ("size", "dropout", "weight_decay", "batch_size", "seed")
     must_match = {name: getattr(args, name) for name in same} | {"tokens": tokens.digest}
     state = load_state(out / "train_ar.pt", out / "ar.safetensors", must_match, args)
-    ar = AR(ARConfig(**state["config"])) if state else build_model(args, tokens, rank)
+    ar = build_model(args, tokens, state, rank)
     ar.to(device)
     optimizer = torch.optim.AdamW(ar.parameter_groups(args.weight_decay), lr=args.lr,
                                   betas=BETAS, fused=True)

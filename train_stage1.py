@@ -326,8 +326,7 @@ def main():
 
     # Data
     images = Images(args.data)
-    val_data = args.val_data or default_val(args.data)
-    val_images = Images(val_data or args.data)
+    val_images = Images(args.val_data or default_val(args.data) or args.data)
     if args.onestage and val_images.classes != images.classes:
         raise SystemExit(f"--onestage: {val_images} has other classes than {images}")
 
@@ -368,8 +367,7 @@ def main():
     discriminator = Discriminator(args.gan_channels).to(device, **memory)
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
 
-    # Optimizers. beta1 is 0 for the two players of the GAN: momentum would push a player on
-    # against an opponent that has moved meanwhile.
+    # Optimizers. Players of the GAN have beta1 0: momentum runs after an opponent that has moved
     groups = [dict(params=tokenizer.parameters(), betas=(0.0, 0.99), weight_decay=0.0)]
     if ar is not None:
         groups += ar.parameter_groups(weight_decay=0.03, betas=(0.9, 0.99))
@@ -386,7 +384,7 @@ def main():
     on_ctrl_c(start_step, rank)
     if rank == 0:
         print(f"training on {images}")
-        print(f"measuring {val_images}{'' if val_data else ', none are held out'}")
+        print(f"measuring {val_images}")
         if args.eval_images > 0:
             val_labels, val_crops = held_out(val_images, tokenizer.config.image_size, args)
         announce(tokenizer, start_step, log, args)

@@ -1,0 +1,55 @@
+"""Names the classes of an AR model for ImageNet: "tench" where it has n01440764.
+
+    python tools/name_classes.py runs/b_b --data imagenet.zip/ILSVRC/Data/CLS-LOC
+
+The names are those of Kaggle's LOC_synset_mapping.txt in a folder above --data, or in its zip: of
+each class the first word, and for the two that are both "crane" the n-number, too. `sample.py
+--classes` takes them. Training on goes back to the n-numbers of the folders.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ar import AR
+from pretokenize import open_zip, split_zip
+
+TABLE = "LOC_synset_mapping.txt"
+
+
+def names_above(data):
+    """{n-number: name} by the table in a folder above `data`; an empty dict if there is none."""
+    path = Path(data).absolute()
+    for folder in (path, *path.parents):
+        archive, inside = split_zip(folder / TABLE)
+        try:
+            text = open_zip(archive).read(inside[:-1]) if archive else (folder / TABLE).read_bytes()
+        except (KeyError, OSError):
+            continue
+        words = dict(re.findall(r"^(n\d+) ([^,\n]+)", text.decode(), re.M))
+        uses = Counter(words.values())
+        return {n: word if uses[word] == 1 else f"{word} ({n})" for n, word in words.items()}
+    return {}
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Name the classes of an AR model for ImageNet.")
+    parser.add_argument("pair", help="folder of ar.safetensors")
+    parser.add_argument("--data", required=True, help=f"a path below the folder of {TABLE}")
+    args = parser.parse_args()
+    path = Path(args.pair) / "ar.safetensors"
+    ar = AR.load(path)
+    names = names_above(args.data)
+    count = sum(name in names for name in ar.config.classes)
+    if count > 0:
+        ar.config.classes = [names.get(name, name) for name in ar.config.classes]
+        ar.save(path)
+    print(f"{path}: {count} of {ar.config.num_classes} classes get a name")
+
+
+if __name__ == "__main__":
+    main()
