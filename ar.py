@@ -83,7 +83,7 @@ class AR(nn.Module):
         self.head = nn.Linear(config.dim, vocabulary, bias=False)
         for module in (self.class_embedding, self.token_embedding, self.head):
             init_weights(module)
-        # The one axis of a sequence, l, comes first in a head here; row and column are not turned
+        # The only axis, l, takes the first dimensions of a head, as in the official code
         positions = torch.arange(self.length)
         angles = rope_angles(positions, rope_axis_dims(config.head_dim)[2], 10000.0)
         angles = F.pad(angles, (0, config.head_dim // 2 - angles.shape[1]))  # (L, d/2)
@@ -157,7 +157,7 @@ class AR(nn.Module):
     def compile_step(self):
         """From now on `generate` compiles the step of a single token, on CUDA to a CUDA graph. Such
         a graph always writes to the same memory, so the caches of a batch size are kept and filled
-        anew for each batch; what is left of an earlier one lies behind `start` and is masked."""
+        anew for each batch; what an earlier one left stands after `start`, which is masked."""
         self.compiled_step = torch.compile(self.step, mode="reduce-overhead", dynamic=False)
 
     def step(self, x, caches, start):
@@ -168,11 +168,10 @@ class AR(nn.Module):
         x = self.transformer(x, angles, causal=True, caches=caches, start=start)
         return self.norm(x[:, -1])
 
-    def draw_tokens(self, labels, prefix, allowed, scales, noise, **sampling):
-        """Draws codes (B, len(scales)), one after the other, which follow the tokens `prefix` (B,
-        T). allowed: part of the vocabulary to draw from, where codes count from 0. scales: guidance
-        of each code. noise: (B, at least len(scales)). sampling: of sample_codes. Where a shape
-        says 2B, it is B without guidance."""
+    def draw_tokens(self, labels, prefix, codebook, scales, noise, **sampling):
+        """Draws codes (B, len(scales)), one after the other. In shapes 2B is B without guidance.
+        prefix: tokens (B, T) that they follow. codebook: slice of the vocabulary, to draw from.
+        scales: guidance of each code. noise: (B, n >= len(scales)). sampling: of sample_codes."""
         halves = 1
         if any(scale != 1 for scale in scales):
             halves = 2  # the class and the unconditional one run as one batch
@@ -192,13 +191,13 @@ class AR(nn.Module):
                 h = self.step(x, caches, start)  # (2B, D)
             start += x.shape[1]
             with torch.autocast(h.device.type, enabled=False):
-                logits = self.head(h)[:, allowed]  # (2B, codes)
+                logits = self.head(h)[:, codebook]  # (2B, codes)
             if halves == 2:
                 conditional, unconditional = logits.chunk(2)
                 logits = scale * conditional + (1 - scale) * unconditional  # (B, codes)
             code = sample_codes(logits, noise[:, i], **sampling)  # (B,)
             codes.append(code)
-            x = self.token_embedding(code + allowed.start)[:, None]  # (B, 1, D)
+            x = self.token_embedding(code + codebook.start)[:, None]  # (B, 1, D)
             x = x.repeat(halves, 1, 1)  # (2B, 1, D)
         if not logits.isfinite().all():
             raise SystemExit("logits are not finite: damaged weights, or extreme guidance")

@@ -209,7 +209,7 @@ def parse_args():
          "samples was made of, centre-cropped; else for 28 x 28 the bundled images")
     flag("--crop", action="store_true", help="centre-crop the reference to the samples' size")
     flag("--tokenizer", metavar="FILE", help="score its reconstructions of the first argument, or "
-         "of what is held out beside it")
+         "of the held-out images that codes_val.safetensors beside it was made of")
     flag("--inception", metavar="FILE", help="weights; else downloaded, but for 28 x 28")
     flag("--batch_size", type=int, default=100, help="images per forward")
     flag("--out", default="out", help="folder where samples.npz is looked for")
@@ -283,8 +283,7 @@ def main():
 
     print(json.dumps(result, indent=1))
     if result["count"] < 10000:
-        print("note: fewer than 10,000 images: these numbers are biased, compare only at equal "
-              "counts", file=sys.stderr)
+        print("note: scores of few images are biased: compare at equal counts", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def psnr(a, b):
 
 def resize_shorter_side(image, shorter):
     """Shorter side to `shorter`: halved by a box filter while at least twice that, then bicubic."""
-    side = 16 * min(image.size)  # of a longer strip the middle: whole it would take gigabytes
+    side = 16 * min(image.size)  # a longer strip is cut to its middle, to save gigabytes
     image = ImageOps.fit(image, (min(image.width, side), min(image.height, side)))
     while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -151,7 +151,7 @@ def about_tokens(tokenizer, images, crop, flip, partner):
     about = dict(tokenizer=asdict(tokenizer.config), classes=images.classes,
                  images=images.digest(), crop=crop, flip=flip, partner=partner)
     about["digest"] = short_hash(about)
-    about["data"] = os.path.abspath(images.path)
+    about["data"] = os.path.abspath(images.path)  # not in the digest: data may move
     return of_first_rank(about)
 
 
@@ -212,7 +212,7 @@ def load_batches(load, batches, num_workers):
     two more being loaded meanwhile. Threads suffice: PIL works outside Python's lock."""
     waiting = collections.deque()
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for numbers in itertools.chain(batches, [[], []]):  # the last two are not waited for
+        for numbers in itertools.chain(batches, [[], []]):  # two that push the last out
             waiting.append([pool.submit(load, int(i)) for i in numbers])
             if len(waiting) > 2:
                 batch = [future.result() for future in waiting.popleft()]
@@ -339,9 +339,8 @@ class Images:
         if len(splits) > 1 or only_folder:
             raise SystemExit(f"{path} holds no classes but {sorted(tops)}: add one to the path")
         if "" in tops and len(tops) > 1:
-            alone = self.names[folders.index("")]
-            raise SystemExit(f"{path} holds the image {alone} beside folders: sort all images into "
-                             "a folder for each class, or put them side by side")
+            raise SystemExit(f"{path} holds images beside folders: sort all into a folder for each "
+                             "class, or put them side by side")
         if folders[0] == "":
             folders = self.classes_of_kaggle() or folders
         folders = [unicodedata.normalize("NFC", folder) for folder in folders]
@@ -355,11 +354,11 @@ class Images:
             return ""
         counts = collections.Counter(extension(name) or "others" for name in others)
         text = f", left out: {', '.join(f'{count} {end}' for end, count in counts.most_common(5))}"
-        classes, left_out = ({name.split("/")[0] for name in names if "/" in name}
-                             for names in (self.names, others))
-        if classes and left_out - classes:
-            text += f", and so all of {', '.join(sorted(left_out - classes))}"
-        return f"{text} (for .heic: pip install pillow-heif)" if ".heic" in counts else text
+        lost = {name.split("/")[0] for name in others if "/" in name}
+        lost -= {name.split("/")[0] for name in self.names}
+        if lost:
+            text += f", and so all of {', '.join(sorted(lost))}"
+        return text
 
     def classes_of_kaggle(self):
         """The class of each image by LOC_val_solution.csv, or None if no table is about them."""
@@ -418,7 +417,7 @@ def parse_args():
     flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
     flag("--val_data", help="held-out images; else val, valid or validation beside train")
     flag("--tokenizer", help="tokenizer file; else tokenizer.safetensors in --out")
-    flag("--crop", default="center", choices=["center", "ten"], help="ten: see image_crops")
+    flag("--crop", default="center", choices=["center", "ten"], help="ten: corners and middle")
     flag("--flip", action="store_true", help="add mirrored crops, which ten has anyway")
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--batch_size", type=int, default=256, help="crops at a time, over all ranks")

@@ -77,7 +77,10 @@ def pair_folder(pair, out=None):
     """The folder of the pair to draw from, the first of these that is given: --pair, --out, the
     folder out if a pair was trained there, the pair that comes with the code."""
     trained = "out" if Path("out/ar.safetensors").exists() else SHIPPED
-    return Path(pair or out or trained)
+    folder = Path(pair or out or trained)
+    if not (folder / "ar.safetensors").exists():
+        raise SystemExit(f"{folder} holds no ar.safetensors: --pair names the folder of a pair")
+    return folder
 
 
 def load_pair(folder, device):
@@ -143,7 +146,7 @@ def class_numbers(chosen, ar):
         text = chosen[numbers.index(None)]
         names = difflib.get_close_matches(text, ar.config.classes) or ar.config.classes[:20]
         raise SystemExit(f"--classes {text}: a number from 0 to {count - 1} is needed, or a name, "
-                         f"such as {', '.join(names) or '(none is known)'}")
+                         f"such as {', '.join(names)}")
     return numbers
 
 
@@ -176,7 +179,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("--pair", help="folder of the pair; else --out, else out, else checkpoints/fashion_mnist")
-    flag("--out", help="folder for everything that is written, and of the pair; else out")
+    flag("--out", help="folder that is written to and, without --pair, drawn from; else out")
 
     # What to draw
     flag("--num_samples", type=int, default=1000, help="images in samples.npz; 0: only the grids")

@@ -54,13 +54,6 @@ def test_shapes(layout):
     assert ar(codes, torch.arange(4)).shape == shape
 
 
-def test_sequence_is_the_worked_example_of_ar():
-    ar = AR(ARConfig(layers=1, dim=32, head_dim=32, num_prologue=2, num_visual=3, codebook_size=10,
-                     prologue_codebook_size=4, num_classes=5))
-    codes = torch.tensor([[1, 3, 7, 0, 5]])
-    assert ar.sequence(codes).tolist() == [[11, 13, 14, 7, 0, 5]]
-
-
 def gradients(loss, model):
     """{name: gradient} of the parameters that the loss reaches."""
     names, parameters = zip(*model.named_parameters())

@@ -222,8 +222,8 @@ class VisualQuantizer(nn.Module):
 
     def forward(self, h):
         """h (B, N, D) -> code vectors q (B, N, c) with a straight-through gradient, codes (B, N),
-        losses by name, which are all added to the objective and logged. Paper section 2; its 1 in
-        appendix E is most likely the weight of the whole, in which the official code has 0.25."""
+        losses by name, which are all added to the objective and logged. Paper section 2; the 0.25
+        is the official code's, appendix E's 1 most likely the weight of the whole VQ loss."""
         with exact_fp32(h.device.type):
             z = self.project(h)  # (B, N, c)
             codes = nearest_code(z, self.codebook)  # (B, N)
@@ -292,11 +292,12 @@ class TokenizerConfig:
     num_prologue: int = 16  # K; 0 in the layouts 1d and 2d
     prologue_codebook_size: int = 1024  # P
     tau: float = 0.1  # temperature of Prob-STE
-    fingerprint: str = ""  # a hash of the saved weights, which tokens and AR models name
+    fingerprint: str = ""  # hash of the saved weights, by which codes and AR models name them
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise SystemExit(f"a patch size of {self.patch_size} does not divide {self.image_size}")
+            raise SystemExit(f"--patch_size {self.patch_size} does not divide --image_size "
+                             f"{self.image_size}")
         if max(self.codebook_size, self.prologue_codebook_size) > 2**16:
             raise SystemExit("codebook sizes are 65,536 at most: a token file has 16 bits a code")
         if self.layout in ("1d", "2d"):
@@ -344,7 +345,7 @@ class Decoder(Encoder):
     def __init__(self, config):
         num_queries = config.num_visual if config.layout == "1d" else 0
         super().__init__(config, config.code_dim, config.decoder, num_queries)
-        # 1d: rope_table has the grid first; here the N codes in a line are, and then the N queries
+        # rope_table is grid, line; 1d needs line (the codes), grid (the queries)
         self.angles = self.angles.roll(num_queries, 0)
         _, dim = config.decoder
         self.norm = RMSNorm(dim)
@@ -354,7 +355,7 @@ class Decoder(Encoder):
     def forward(self, q):
         """q (B, N, c) -> (B, N, patch*patch*3)"""
         x = super().forward(q)[:, -q.shape[1] :]  # (B, N, D): in 1d the queries, the last N of 2N
-        with torch.autocast(x.device.type, enabled=False):  # bf16 would cost a quarter of a level
+        with torch.autocast(x.device.type, enabled=False):  # bf16: 0.25 grey levels off
             return self.out(self.norm(x))
 
 
@@ -511,7 +512,7 @@ def read_safetensors(path, kind):
     except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{path}, which {maker} makes, cannot be read: {error}") from None
     if config.pop("kind", None) != kind:
-        raise SystemExit(f"{path} holds no {kind!r}; tools/released.py imports released weights")
+        raise SystemExit(f"{path} holds no {kind} (tools/released.py imports released weights)")
     return tensors, config
 
 
@@ -526,7 +527,7 @@ def load_model(path, kind, model_class, config_class):
 
 
 def check_flags(parser, args, *positive):
-    """Ends a script where a number is negative or none (nan), or one of `positive` is below 1."""
+    """Ends a script where a number is negative or nan, or one of `positive` is below 1."""
     for name, value in vars(args).items():
         lowest = 1 if name in positive else 0
         if isinstance(value, (int, float)) and not value >= lowest:
@@ -545,6 +546,8 @@ def setup(device="auto", dtype="fp32", timeout_hours=1):
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         rank = int(os.environ["RANK"])
         world_size = int(os.environ["WORLD_SIZE"])
+    if device not in ("auto", "cuda", "mps", "cpu"):
+        raise SystemExit(f"--device {device} should be auto, cuda, mps or cpu")
     if device == "auto":
         device = "cpu"
         if torch.accelerator.is_available():

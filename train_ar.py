@@ -63,7 +63,7 @@ def parse_trainer_args(parser, *positive, hold, **defaults):
     # Machine and files
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--overwrite", action="store_true", help="replace a run in --out; with --resume its data")
+    flag("--overwrite", action="store_true", help="replace a run in --out; after --resume its data")
     flag("--log_every", type=int, default=50, help="steps between lines of the log; 0: at the end")
     flag("--eval_every", type=int, default=400, help="steps between held-out measures")
     flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")
@@ -88,7 +88,7 @@ def to_device(x, device):
 
 
 def is_due(every, step, args):
-    """Whether what is done after each `every` steps, if that is not 0, and at the end, is due."""
+    """Whether `step` is the last one or a multiple of `every` (0: never)."""
     return step == args.steps or (every > 0 and step % every == 0)
 
 
@@ -99,8 +99,8 @@ def on_ctrl_c(step, rank=0):
 
 
 def load_state(path, weights, must_match, args):
-    """The state that a trainer saved at `path` after its `weights`, or None for a new run. What
-    `must_match` is as then. All ranks do as the first: copies of data differ from node to node."""
+    """The state that a trainer saved at `path` after its `weights`, or None for a new run.
+    must_match: {name: value} to be as it was then. All ranks do as the first: copies may differ."""
     there, old_weights, must_match = of_first_rank((path.exists(), weights.exists(), must_match))
     if (there or old_weights) and not (args.resume or args.overwrite):
         raise SystemExit(f"{weights} is there already: give --resume, --overwrite or another --out")
@@ -112,9 +112,9 @@ def load_state(path, weights, must_match, args):
         raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
     before = state["config"] | state["must_match"]
     for name, value in must_match.items():
-        if before.get(name) != value and not args.overwrite:
-            raise SystemExit(f"--resume: {path} was made with other {name}, {before.get(name)} and "
-                             f"not {value}: add --overwrite to go on nevertheless")
+        if before.get(name) != value and not (args.overwrite and name == "data"):
+            raise SystemExit(f"--resume: {path} was made with {name} {before.get(name)} and not "
+                             f"{value} (only data may differ, with --overwrite)")
     return state
 
 
@@ -158,8 +158,9 @@ def for_training(model, args):
 def learning_rate(step, args):
     """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
     flat = args.warmup + args.hold
-    ends = [0, args.warmup, flat, max(flat + 1, args.steps)]
-    return np.interp(step, ends, [0, args.lr, args.lr, args.min_lr])
+    warm = min(1, step / max(1, args.warmup))
+    left = np.interp(step, [flat, max(flat + 1, args.steps)], [1, 0]).item()  # of the decay
+    return warm * (args.min_lr + (args.lr - args.min_lr) * left)
 
 
 def log_line(step, lr, terms, seconds, args):
@@ -178,7 +179,8 @@ def write_log(line, path, args):
     with open(path, "a") as log:
         print(json.dumps(line), file=log)
     words = [f"{text} {line[name]:.4g}" for name, text in SHOWN.items() if line.get(name)]
-    print(f"{line.get('step', 0)}/{args.steps}", *words, sep="  ", flush=True)
+    if words:
+        print(f"{line['step']}/{args.steps}", *words, sep="  ", flush=True)
 
 
 def announce(model, start_step, log, args):
@@ -269,10 +271,11 @@ def main():
     if val_tokens and val_tokens.partner != tokens.digest:
         raise SystemExit(f"{val_path} and {codes_path} are of two runs: run pretokenize.py again")
     own = out / "tokenizer.safetensors"
-    tokenizer_path = own if own.exists() else Path(args.tokenizer or own)
-    _, about = read_safetensors(tokenizer_path, "tokenizer")
-    if about["fingerprint"] != tokens.config.fingerprint:
-        raise SystemExit(f"{tokenizer_path} did not make {codes_path}: run pretokenize.py again")
+    tokenizer_path = Path(args.tokenizer or own)
+    made_by = {tokenizer_path, own} if own.exists() else {tokenizer_path}
+    for path in made_by:
+        if read_safetensors(path, "tokenizer")[1]["fingerprint"] != tokens.config.fingerprint:
+            raise SystemExit(f"{path} did not make {codes_path}: run pretokenize.py again")
     num_images, num_crops, _ = tokens.codes.shape
 
     # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL
@@ -280,7 +283,7 @@ def main():
         open_out(out, "train_ar.pt", "ar.safetensors", "ar_best.safetensors")
     torch.manual_seed(args.seed)
     same = ("size", "dropout", "weight_decay", "batch_size", "seed")
-    must_match = {name: getattr(args, name) for name in same} | {"tokens": tokens.digest}
+    must_match = {name: getattr(args, name) for name in same} | {"data": tokens.digest}
     state = load_state(out / "train_ar.pt", out / "ar.safetensors", must_match, args)
     ar = build_model(args, tokens, state, rank)
     ar.to(device)
@@ -301,7 +304,6 @@ def main():
         if not own.exists():  # a copy, so that --out holds a pair
             with atomic_write(own) as temporary:
                 shutil.copyfile(tokenizer_path, temporary)
-        print(f"{codes_path}: images x crops x codes {tokens.codes.shape}")
         announce(ar, start_step, log, args)
 
     # The loop
@@ -309,7 +311,7 @@ def main():
     clock = time.perf_counter()
     for step in range(start_step + 1, args.steps + 1):
         # Learning rate
-        lr = float(learning_rate(step, args))  # the state for --resume takes no numpy
+        lr = learning_rate(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()

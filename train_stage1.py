@@ -75,7 +75,7 @@ MODEL_FLAGS = {
     "patch_size": "side in pixels; each patch is a visual token",
     "codebook_size": "visual codes V",
     "code_dim": "dimensions of a code",
-    "num_prologue": "prologue tokens K",
+    "num_prologue": "prologue tokens K, not for 1d and 2d",
     "prologue_codebook_size": "prologue codes P",
     "tau": "temperature of Prob-STE",
 }
@@ -175,17 +175,17 @@ def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     x = x.detach().requires_grad_(with_r1)
     logits_real = discriminator(x)  # (B, 1, h, w)
     logits_fake = discriminator(y.detach())
-    vanilla = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
+    adversarial = F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean()
     means = torch.stack([logits_real.mean(), logits_fake.mean()]).detach()
     average(means)
     mean_real, mean_fake = discriminator.averages.lerp_(means, 0.001 * micro_share)  # decay 0.999
     lecam = F.relu(logits_real - mean_fake).square().mean()
     lecam = lecam + F.relu(mean_real - logits_fake).square().mean()
-    r1 = torch.zeros_like(vanilla)
+    r1 = torch.zeros_like(adversarial)
     if with_r1:
         (gradient,) = torch.autograd.grad(logits_real.sum(), x, create_graph=True)
         r1 = gradient.square().sum((1, 2, 3)).mean()
-    loss = vanilla + LECAM_WEIGHT * lecam + R1_WEIGHT / 2 * r1
+    loss = adversarial + LECAM_WEIGHT * lecam + R1_WEIGHT / 2 * r1
     return loss, dict(discriminator=loss, lecam=lecam, r1=r1, logits_real=means[0],
                       logits_fake=means[1])
 
@@ -275,15 +275,15 @@ def parse_args():
     # Data
     flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
     flag("--val_data", help="else val, valid or validation beside train; else --data")
-    flag("--crop", default="center", choices=["center", "random"], help="random is ADM's")
+    flag("--crop", default="center", choices=["center", "random"], help="random: place and scale")
     flag("--flip", action="store_true", help="mirror half of the images")
     flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
 
     # Tokenizer
     flag("--size", default="tiny", choices=SIZES, help="of networks, images and codebooks")
-    flag("--layout", default="prologue", choices=LAYOUTS, help="see the class Tokenizer")
+    flag("--layout", default="prologue", choices=LAYOUTS, help="1d, 2d: no prologue; post: --init")
     flag("--init", metavar="TOKENIZER", help="file to go on from; its size counts")
-    group = parser.add_argument_group("else as in --init, or as [tiny, S, B, L] of --size")
+    group = parser.add_argument_group("sizes, else those of --init or --size: [tiny, S, B, L]")
     for name, text in MODEL_FLAGS.items():
         values = [getattr(TokenizerConfig(**size), name) for size in SIZES.values()]
         group.add_argument(f"--{name}", type=type(values[0]), default=argparse.SUPPRESS,
@@ -294,7 +294,7 @@ def parse_args():
     flag("--onestage", action="store_true", help="the AR model is the final one, with classes")
     flag("--direct_ce", action="store_true", help="1d, 2d: CE on the visual tokens (Fig. 5)")
     flag("--ce_weight", type=float, default=3.0, help="lambda: factor of CE's gradient")
-    flag("--visual_dropout", type=float, default=0.5, help="share of images with hidden codes")
+    flag("--visual_dropout", type=float, default=0.5, help="share with hidden visual tokens")
 
     # Losses
     flag("--perceptual", default="none", choices=["none", "vgg", "convnext"], help="vgg is LPIPS")
@@ -326,7 +326,8 @@ def main():
 
     # Data
     images = Images(args.data)
-    val_images = Images(args.val_data or default_val(args.data) or args.data)
+    val_data = args.val_data or default_val(args.data)
+    val_images = Images(val_data or args.data)
     if args.onestage and val_images.classes != images.classes:
         raise SystemExit(f"--onestage: {val_images} has other classes than {images}")
 
@@ -338,7 +339,7 @@ def main():
             "gan_channels", "batch_size", "seed")
     must_match = {name: value for name, value in vars(args).items() if name in same}
     # On another type of device Adam's moments would have another memory layout
-    must_match |= {"images (names, sizes, labels)": images.digest(), "device": device.type}
+    must_match |= {"data": images.digest(), "device": device.type}
     weights = out / "tokenizer.safetensors"
     state = load_state(out / "train_stage1.pt", weights, must_match, args)
 
@@ -363,11 +364,11 @@ def main():
         perceptual_loss = Perceptual(args.perceptual).to(device, **memory)
     except OSError as error:
         raise SystemExit(f"--perceptual {args.perceptual} cannot download its weights ({error}): "
-                         "README.md says what to fetch") from None
+                         "recipes/README.md says what to fetch") from None
     discriminator = Discriminator(args.gan_channels).to(device, **memory)
     stage1 = Stage1(tokenizer, ar, args.ce_weight, args.direct_ce)
 
-    # Optimizers. Players of the GAN have beta1 0: momentum runs after an opponent that has moved
+    # Optimizers. beta1 is 0 in the GAN: momentum would aim at where the opponent was
     groups = [dict(params=tokenizer.parameters(), betas=(0.0, 0.99), weight_decay=0.0)]
     if ar is not None:
         groups += ar.parameter_groups(weight_decay=0.03, betas=(0.9, 0.99))
@@ -384,7 +385,7 @@ def main():
     on_ctrl_c(start_step, rank)
     if rank == 0:
         print(f"training on {images}")
-        print(f"measuring {val_images}")
+        print(f"measuring {val_images}{'' if val_data else ', not held out'}")
         if args.eval_images > 0:
             val_labels, val_crops = held_out(val_images, tokenizer.config.image_size, args)
         announce(tokenizer, start_step, log, args)
@@ -402,7 +403,7 @@ def main():
     clock = time.perf_counter()
     for step in steps:
         # Learning rate
-        lr = float(learning_rate(step, args))  # the state for --resume takes no numpy
+        lr = learning_rate(step, args)
         for optimizer in optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
@@ -491,7 +492,8 @@ def main():
             save_state(out / "train_stage1.pt", state)
 
     if rank == 0:
-        script = "sample.py" if args.onestage else f"pretokenize.py --data {args.data}"
+        flip = " --flip" if args.flip else ""
+        script = "sample.py" if args.onestage else f"pretokenize.py --data {args.data}{flip}"
         print(f"done: {weights}. Next: python {script} --out {out}")
     finish()
 

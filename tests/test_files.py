@@ -164,7 +164,7 @@ def test_images_replaced_under_their_names_are_noticed_and_copies_are_not(tmp_pa
     call(*words, "--steps", 2, "--resume")
     Image.new("L", (28, 28)).save(mine / "cat" / "1.png")
     said = refusal(*words, "--resume")
-    assert "was made with other images (names, sizes, labels)" in said
+    assert "was made with data " in said and "only data may differ, with --overwrite" in said
     call(*words, "--resume", "--overwrite")
     table = files(tmp_path / "kaggle", "LOC_val_solution.csv", "val/a.JPEG", "val/b.JPEG")
     digest = Images(table / "val").digest()
@@ -250,11 +250,11 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("are 65,536 at most", *stage1, cow, "--codebook_size", 70_000),
         ("notes.zip holds no images", *stage1, files(made / "notes.zip", "notes.csv")),
         ("a dataset.json of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
-        ("1.png beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
+        ("images beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
         ("holds no classes but ['train', 'val']", *stage1, files(made / "z.zip", *splits) / "mine"),
         ("holds no classes but ['mine']", *stage1, made / "z.zip"),
         ("half.png cannot be read as an image", *stage1, made / "broken"),
-        ("a patch size of 5 does not divide 28", *stage1, cow, "--patch_size", 5),
+        ("--patch_size 5 does not divide --image_size 28", *stage1, cow, "--patch_size", 5),
         ("does not divide into 1 ranks", *stage1, cow, "--micro_batch_size", 3),
         ("'cat' is in one of them only", "pretokenize", *other, *out, "--data", cow, "--val_data",
          made / "broken"),
@@ -262,7 +262,7 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("not a whole training state", *trainer("train_ar", made), "--resume"),
         ("codes of another tokenizer", *draw, "--pair", made / "mixed"),
         ("ar.safetensors, which train_ar.py makes", *draw, "--pair", made / "cut"),
-        ("which train_stage1.py makes", "sample", "--out", tmp_path / "mnie"),
+        ("mnie holds no ar.safetensors: --pair", "sample", "--out", tmp_path / "mnie"),
         ("--classes 7: a number from 0 to 1", *draw, "--classes", 7),
         ("nothing.npz does not exist", "fid", "nothing.npz"),
         ("few.npz holds 3 images", "fid", made / "few.npz"),

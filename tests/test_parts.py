@@ -28,6 +28,13 @@ from train_ar import build_model, check_moments, learning_rate
 from train_stage1 import Discriminator, Perceptual, Stage1, discriminator_loss, update_ema
 
 
+def test_sequence_is_the_worked_example_of_ar():
+    ar = AR(ARConfig(layers=1, dim=32, head_dim=32, num_prologue=2, num_visual=3, codebook_size=10,
+                     prologue_codebook_size=4, num_classes=5))
+    codes = torch.tensor([[1, 3, 7, 0, 5]])
+    assert ar.sequence(codes).tolist() == [[11, 13, 14, 7, 0, 5]]
+
+
 def test_gradients_of_the_quantizers():
     quantizer = models()[0].visual_quantizer
     h = torch.randn(2, 16, 64)

@@ -116,8 +116,6 @@ def save_figure(path, figure):
 
 @torch.no_grad()
 def main():
-    from matplotlib.figure import Figure
-
     parser = argparse.ArgumentParser(description="Where the AR model looks.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
@@ -129,6 +127,8 @@ def main():
     flag("--classes", nargs="+", metavar="CLASS",
          help="names or numbers of the drawn images' classes; else ten of all")
     args = parser.parse_args()
+    from matplotlib.figure import Figure
+
     check_flags(parser, args, "images")
     out = open_out(args.out)
     pair = pair_folder(args.pair)
