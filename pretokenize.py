@@ -46,7 +46,7 @@ with contextlib.suppress(ImportError):  # pip install pillow-heif: the photos of
 BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 KNOWN = Image.registered_extensions()  # {extension: format} of what Pillow reads or writes here
 FORMATS = {"PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "HEIF"} & {*KNOWN.values()}
-EXTENSIONS = {extension for extension, format in KNOWN.items() if format in FORMATS}
+EXTENSIONS = {end for end, kind in KNOWN.items() if kind in FORMATS} - {".gif"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 PART_SIZE = 500  # images in a part of the tokens
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # intact files have been seen with 2 MB of text
@@ -134,7 +134,7 @@ class Tokens:
         self.classes = about["classes"]
         self.config = TokenizerConfig(**about["tokenizer"])
         self.digest = about["digest"]
-        self.partner = about.get("partner")
+        self.partner = about["partner"]
 
     def batch(self, images, crops=0):
         """Codes (B, K+N) and labels (B,), int64, of image numbers (B,) and crop numbers (B,)."""
@@ -160,7 +160,7 @@ def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
     """Writes codes (images, crops, K+N) uint16 and labels (images,) to the file `target`."""
     if target.exists() and read_safetensors(target, "codes")[1]["digest"] == about["digest"]:
         if rank == 0:
-            print(f"{target} is up to date", flush=True)
+            print(f"{target} is up to date")
         return
 
     # In numbered parts, every rank its own; those of an earlier run with the same settings stay
@@ -190,7 +190,7 @@ def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
     if rank == 0:
         codes = torch.cat([torch.load(file, weights_only=True) for file in files])
         save_checkpoint(target, "codes", {"codes": codes, "labels": images.labels}, about)
-        print(f"{target}: images x crops x codes {tuple(codes.shape)}", flush=True)
+        print(f"{target}: images x crops x codes {tuple(codes.shape)}")
 
 
 # Batches and picture sheets
@@ -238,7 +238,7 @@ def open_image(file, archive=None):
     place = f"{file} in {archive}" if archive else file
     try:
         source = io.BytesIO(open_zip(archive).read(file)) if archive else file
-        with Image.open(source, formats=list(FORMATS)) as image:
+        with Image.open(source, formats=sorted(FORMATS)) as image:
             if image.mode in ("F", "I"):
                 raise SystemExit(f"{place} has floats or 32-bit integers: save 8 or 16 bits")
             image.load()
@@ -296,7 +296,7 @@ def list_folder(folder, below="", above=()):
                 found |= list_folder(entry.path, f"{below}{entry.name}/", (*above, real))
             elif entry.is_file():
                 found[below + entry.name] = entry.path
-            else:  # to read from a pipe would wait for ever
+            elif not entry.name.startswith("."):  # to read from a pipe would wait for ever
                 raise SystemExit(f"{entry.path} is no regular file, or a link to nothing")
     except OSError as error:
         raise SystemExit(f"the folder {folder} cannot be read: {error}") from None
@@ -353,7 +353,7 @@ class Images:
         if not others:
             return ""
         counts = collections.Counter(extension(name) or "others" for name in others)
-        text = f", left out: {', '.join(f'{count} {end}' for end, count in counts.most_common(5))}"
+        text = f", left out: {', '.join(f'{count} {end}' for end, count in counts.items())}"
         lost = {name.split("/")[0] for name in others if "/" in name}
         lost -= {name.split("/")[0] for name in self.names}
         if lost:
@@ -407,7 +407,6 @@ def default_val(data):
         archive, inside = split_zip(path)
         if path.is_dir() or archive and list_zip(archive, inside):
             return str(path)
-    return None
 
 
 def parse_args():

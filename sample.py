@@ -146,7 +146,7 @@ def class_numbers(chosen, ar):
         text = chosen[numbers.index(None)]
         names = difflib.get_close_matches(text, ar.config.classes) or ar.config.classes[:20]
         raise SystemExit(f"--classes {text}: a number from 0 to {count - 1} is needed, or a name, "
-                         f"such as {', '.join(names)}")
+                         f"such as {names}")
     return numbers
 
 
@@ -239,7 +239,7 @@ def main():
         if getattr(args, name) is not None:
             settings[name] = getattr(args, name)
     if rank == 0:
-        print(f"{tokenizer.config.layout} pair in {folder}, preset {preset}", flush=True)
+        print(f"{tokenizer.config.layout} pair in {folder}, preset {preset}")
 
     # Grids
     if rank == 0:

@@ -546,8 +546,6 @@ def setup(device="auto", dtype="fp32", timeout_hours=1):
     if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         rank = int(os.environ["RANK"])
         world_size = int(os.environ["WORLD_SIZE"])
-    if device not in ("auto", "cuda", "mps", "cpu"):
-        raise SystemExit(f"--device {device} should be auto, cuda, mps or cpu")
     if device == "auto":
         device = "cpu"
         if torch.accelerator.is_available():

@@ -63,11 +63,11 @@ def parse_trainer_args(parser, *positive, hold, **defaults):
     # Machine and files
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--overwrite", action="store_true", help="replace a run in --out; after --resume its data")
+    flag("--overwrite", action="store_true", help="replace a run; with --resume: only its data")
     flag("--log_every", type=int, default=50, help="steps between lines of the log; 0: at the end")
-    flag("--eval_every", type=int, default=400, help="steps between held-out measures")
+    flag("--eval_every", type=int, default=400, help="steps between held-out measures; 0: the same")
     flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")
-    flag("--save_every", type=int, default=400, help="steps between saved states")
+    flag("--save_every", type=int, default=400, help="steps between saved states; 0: the same")
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
     flag("--compile", action="store_true", help="torch.compile the transformer blocks")
@@ -89,7 +89,7 @@ def to_device(x, device):
 
 def is_due(every, step, args):
     """Whether `step` is the last one or a multiple of `every` (0: never)."""
-    return step == args.steps or (every > 0 and step % every == 0)
+    return step == args.steps or step % (every or args.steps) == 0
 
 
 def on_ctrl_c(step, rank=0):
@@ -100,7 +100,7 @@ def on_ctrl_c(step, rank=0):
 
 def load_state(path, weights, must_match, args):
     """The state that a trainer saved at `path` after its `weights`, or None for a new run.
-    must_match: {name: value} to be as it was then. All ranks do as the first: copies may differ."""
+    must_match: {name: value} as it was then. All ranks do as the first: copies of data differ."""
     there, old_weights, must_match = of_first_rank((path.exists(), weights.exists(), must_match))
     if (there or old_weights) and not (args.resume or args.overwrite):
         raise SystemExit(f"{weights} is there already: give --resume, --overwrite or another --out")
@@ -159,8 +159,8 @@ def learning_rate(step, args):
     """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
     flat = args.warmup + args.hold
     warm = min(1, step / max(1, args.warmup))
-    left = np.interp(step, [flat, max(flat + 1, args.steps)], [1, 0]).item()  # of the decay
-    return warm * (args.min_lr + (args.lr - args.min_lr) * left)
+    left = np.interp(step, [flat, max(flat + 1, args.steps)], [1, 0])  # of the decay
+    return float(warm * (args.min_lr + (args.lr - args.min_lr) * left))  # torch.save wants no numpy
 
 
 def log_line(step, lr, terms, seconds, args):
@@ -175,7 +175,7 @@ def log_line(step, lr, terms, seconds, args):
 
 
 def write_log(line, path, args):
-    """Appends a line to a trainer's log, of which the last counts for a step; shows some of it."""
+    """Appends a line to a trainer's log and shows some of it. A step's later line counts."""
     with open(path, "a") as log:
         print(json.dumps(line), file=log)
     words = [f"{text} {line[name]:.4g}" for name, text in SHOWN.items() if line.get(name)]
@@ -187,7 +187,7 @@ def announce(model, start_step, log, args):
     """Prints the model's size and how far the run is. A new run begins its log with its flags, and
     removes the state of the run that it replaces, if any: all has been checked by now."""
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done", flush=True)
+    print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done")
     if start_step == 0:
         log.with_suffix(".pt").unlink(missing_ok=True)
         write_log({"settings": vars(args)}, log, args)
@@ -195,15 +195,12 @@ def announce(model, start_step, log, args):
 
 # Model and held-out measures
 
-def build_model(args, tokens, state, rank):
-    """A new AR model for the codes, or that of a state to load, or one with the weights of --init,
-    whatever its classes are: a known class keeps its embedding, any other starts as no class."""
+def build_model(args, tokens, rank):
+    """A new AR model for the codes, or one with the weights of --init, whatever its classes are: a
+    known class keeps its embedding, any other starts as no class."""
     config = ARConfig.for_tokenizer(tokens.config, **SIZES[args.size],
                                     num_classes=len(tokens.classes), classes=tokens.classes,
                                     dropout=args.dropout, tokenizer=tokens.config.fingerprint)
-    if state:
-        classes = dict(num_classes=len(tokens.classes), classes=tokens.classes)
-        return AR(ARConfig(**state["config"] | classes))
     if args.init is None:
         return AR(config)
     old = AR.load(args.init)
@@ -275,7 +272,8 @@ def main():
     made_by = {tokenizer_path, own} if own.exists() else {tokenizer_path}
     for path in made_by:
         if read_safetensors(path, "tokenizer")[1]["fingerprint"] != tokens.config.fingerprint:
-            raise SystemExit(f"{path} did not make {codes_path}: run pretokenize.py again")
+            raise SystemExit(f"{path} did not make {codes_path}: run pretokenize.py again, or take "
+                             "another --out")
     num_images, num_crops, _ = tokens.codes.shape
 
     # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL
@@ -283,9 +281,11 @@ def main():
         open_out(out, "train_ar.pt", "ar.safetensors", "ar_best.safetensors")
     torch.manual_seed(args.seed)
     same = ("size", "dropout", "weight_decay", "batch_size", "seed")
-    must_match = {name: getattr(args, name) for name in same} | {"data": tokens.digest}
+    must_match = {name: getattr(args, name) for name in same}
+    must_match |= {"tokenizer": tokens.config.fingerprint, "classes": tokens.classes,
+                   "data": tokens.digest}
     state = load_state(out / "train_ar.pt", out / "ar.safetensors", must_match, args)
-    ar = build_model(args, tokens, state, rank)
+    ar = AR(ARConfig(**state["config"])) if state else build_model(args, tokens, rank)
     ar.to(device)
     optimizer = torch.optim.AdamW(ar.parameter_groups(args.weight_decay), lr=args.lr,
                                   betas=BETAS, fused=True)
@@ -295,7 +295,8 @@ def main():
         ar.load_state_dict(state.pop("ar"))
         optimizer.load_state_dict(state.pop("optimizer"))
         start_step = state["step"]
-        lowest = state["lowest"]
+        if not args.overwrite:  # which may have brought other held-out images
+            lowest = state["lowest"]
     log = out / "train_ar.jsonl"
     on_ctrl_c(start_step, rank)
     if rank == 0:

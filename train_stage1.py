@@ -171,7 +171,7 @@ def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     """Loss of the discriminator on images x against reconstructions y, and its terms for the log.
     R1 is |d logits / d x|^2, summed over pixels. LeCam (Tseng et al. 2021) penalizes real logits
     above the running mean of the fake ones and fake logits below that of the real ones, against
-    overfitting to few images. micro_share: of this micro-batch in the step."""
+    overfitting to few images. micro_share: this micro-batch's of the step, by which they move."""
     x = x.detach().requires_grad_(with_r1)
     logits_real = discriminator(x)  # (B, 1, h, w)
     logits_fake = discriminator(y.detach())
@@ -180,7 +180,7 @@ def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     average(means)
     mean_real, mean_fake = discriminator.averages.lerp_(means, 0.001 * micro_share)  # decay 0.999
     lecam = F.relu(logits_real - mean_fake).square().mean()
-    lecam = lecam + F.relu(mean_real - logits_fake).square().mean()
+    lecam += F.relu(mean_real - logits_fake).square().mean()
     r1 = torch.zeros_like(adversarial)
     if with_r1:
         (gradient,) = torch.autograd.grad(logits_real.sum(), x, create_graph=True)
@@ -243,7 +243,7 @@ def held_out(images, size, args):
 @torch.no_grad()
 def evaluate(picture, tokenizer, ar, labels, images, device, autocast):
     """Means over held-out images uint8 (n, H, W, 3): PSNR in dB, AR.measure; and of each codebook
-    the codes in use and their perplexity. The first go to `picture`, above what becomes of them."""
+    the codes in use and their perplexity. The first go to `picture` with their reconstructions."""
     means = defaultdict(float)
     all_codes = []
     for x, batch_labels in zip(images.split(64), labels.split(64)):  # x (B, H, W, 3)
@@ -274,7 +274,7 @@ def parse_args():
 
     # Data
     flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
-    flag("--val_data", help="else val, valid or validation beside train; else --data")
+    flag("--val_data", help="held out; else val, valid or validation beside train; else --data")
     flag("--crop", default="center", choices=["center", "random"], help="random: place and scale")
     flag("--flip", action="store_true", help="mirror half of the images")
     flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
@@ -321,6 +321,8 @@ def main():
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA, but where exact_fp32 forbids it
     torch.backends.cudnn.benchmark = True
     out = Path(args.out)
+    if Path(args.data).resolve() in out.resolve().parents:
+        raise SystemExit(f"--out {out} lies in --data: its pictures would be taken too")
     per_rank, micro = split_batch(args, world_size, lowest=2)  # for BatchNorm
     micro_share = micro / per_rank
 
@@ -339,7 +341,8 @@ def main():
             "gan_channels", "batch_size", "seed")
     must_match = {name: value for name, value in vars(args).items() if name in same}
     # On another type of device Adam's moments would have another memory layout
-    must_match |= {"data": images.digest(), "device": device.type}
+    must_match |= {"device": device.type, "data": images.digest(),
+                   "classes": args.onestage and images.classes}
     weights = out / "tokenizer.safetensors"
     state = load_state(out / "train_stage1.pt", weights, must_match, args)
 
@@ -492,8 +495,8 @@ def main():
             save_state(out / "train_stage1.pt", state)
 
     if rank == 0:
-        flip = " --flip" if args.flip else ""
-        script = "sample.py" if args.onestage else f"pretokenize.py --data {args.data}{flip}"
+        script = f"pretokenize.py --data {args.data} [--flip or --crop ten]"
+        script = "sample.py" if args.onestage else script
         print(f"done: {weights}. Next: python {script} --out {out}")
     finish()
 

@@ -48,4 +48,3 @@ launch train_ar.py --out "$RUNS/$row" \
     --size B --dropout 0.1 --weight_decay 0.03 --steps 1000000 --batch_size 512 \
     --lr 2e-4 --min_lr 5e-5 --warmup 62500 --hold 0 \
     --log_every 100 --eval_every 5000 --save_every 5000 --compile --resume "${change[@]}" "$@"
-run python "$ROOT/tools/name_classes.py" "$RUNS/$row" --data "$DATA"  # where Kaggle's table is

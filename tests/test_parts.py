@@ -251,7 +251,7 @@ def test_init_keeps_the_embeddings_of_imagenet(tmp_path, capsys):
     numbers = [f"n{i:08}" for i in range(1440764, 1441764)]
     args = SimpleNamespace(size="nano", dropout=0, init=tmp_path / "ar.safetensors")
     for classes, kept in ((numbers, 1000), (numbers[1:], 0), (["name 3", "cat"], 1)):
-        build_model(args, SimpleNamespace(config=CONFIG, classes=classes), None, rank=0)
+        build_model(args, SimpleNamespace(config=CONFIG, classes=classes), rank=0)
         assert f"{kept} of {len(classes)} classes keep" in capsys.readouterr().out
 
 

@@ -3,11 +3,13 @@
     python tools/name_classes.py runs/b_b --data imagenet.zip/ILSVRC/Data/CLS-LOC
 
 The names are those of Kaggle's LOC_synset_mapping.txt in a folder above --data, or in its zip: of
-each class the first word, and for the two that are both "crane" the n-number, too. `sample.py
---classes` takes them. Training on goes back to the n-numbers of the folders.
+each class the first word, and where two share it (crane, maillot) the n-number, too. `sample.py
+--classes` takes them. Training on goes back to the n-numbers of the folders, and so does --init,
+for which a subset of ImageNet should start from ar_best.safetensors, whose names stay.
 """
 
 import argparse
+import os
 import re
 import sys
 from collections import Counter
@@ -30,7 +32,7 @@ def names_above(data):
             text = open_zip(archive).read(inside[:-1]) if archive else (folder / TABLE).read_bytes()
         except (KeyError, OSError):
             continue
-        words = dict(re.findall(r"^(n\d+) ([^,\n]+)", text.decode(), re.M))
+        words = dict(re.findall(r"^(n\d+) ([^,\r\n]+)", text.decode(), re.M))
         uses = Counter(words.values())
         return {n: word if uses[word] == 1 else f"{word} ({n})" for n, word in words.items()}
     return {}
@@ -47,7 +49,9 @@ def main():
     count = sum(name in names for name in ar.config.classes)
     if count > 0:
         ar.config.classes = [names.get(name, name) for name in ar.config.classes]
+        times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
         ar.save(path)
+        os.utime(path, ns=times)  # recipes see by the time which scores are of older weights
     print(f"{path}: {count} of {ar.config.num_classes} classes get a name")
 
 
