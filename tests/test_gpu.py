@@ -8,30 +8,22 @@ another code. The tolerances are twice what CPU runs with operands rounded to TF
 import functools
 import json
 import os
-import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-
-sys.path.insert(0, f"{os.path.dirname(__file__)}/..")
+from test_scripts import SHIPPED, TEMPORARY, log, printed
 
 import ar
-import fid
-import pretokenize
-import sample
 import tokenizer
-import train_ar
 import train_stage1
+from pretokenize import BUNDLED, Tokens
 
 DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(),
                                 reason="torch finds no CUDA here")
-TEMPORARY = tempfile.TemporaryDirectory()  # gone when the tests end
-IMAGES = ["--data", pretokenize.BUNDLED / "val", "--val_data", pretokenize.BUNDLED / "val"]
+IMAGES = ["--data", BUNDLED / "val", "--val_data", BUNDLED / "val"]
 # A low rate, because AdamW's first step is the sign of the gradient: there roundings grow
 SHORT = ["--batch_size", 16, "--lr", 2e-5, "--warmup", 1, "--log_every", 1, "--eval_images", 64]
 PARTS = ["--micro_batch_size", 8, "--gradient_checkpointing"]
@@ -43,6 +35,7 @@ LAYOUTS = {
     "onestage": ["--onestage", *PARTS],
     "wide": ["--size", "wide", "--ar_size", "wide", *PARTS],
 }
+CPU = ("--device", "cpu")
 FP32 = ("--device", DEVICE, "--dtype", "fp32")
 BF16 = ("--device", DEVICE, "--dtype", "bf16")
 
@@ -59,27 +52,23 @@ def wide_networks_and_r1_in_every_second_step():
         yield
 
 
-def run(script, *args):
-    """Calls main as in a process of its own."""
+def run(name, *args):
+    """What a script prints, as in a process of its own."""
     torch.compiler.reset()
     torch.backends.cudnn.allow_tf32 = True
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script.__name__, *map(str, args)])
-        script.main()
+    return printed(name, *args)
 
 
-def train(script, out, *args):
+def train(name, out, *args):
     """First gradient and losses of three steps, of which the last is a resumed run's."""
-    log = out / f"{script.__name__}.jsonl"
-    text = ""
     for steps in (2, 3):
-        run(script, *SHORT, *args, "--out", out, "--steps", steps, "--resume")
-        assert log.read_text().startswith(text)  # its times as well: no step was made again
-        text = log.read_text()
-    lines = [json.loads(line) for line in text.splitlines() if "images_per_s" in line]
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    names = {"l1", "vq", "gan", "ce", "r1", "discriminator"} & set(lines[0])
-    return [lines[0]["grad_norm"]] + [line[name] for line in lines for name in sorted(names)]
+        run(name, *SHORT, *args, "--out", out, "--steps", steps, "--resume")
+    curves = log(out / f"{name}.jsonl")
+    assert list(curves["lr"]) == [1, 2, 3]
+    found = [curves["grad_norm"][1]]
+    for loss in ("l1", "vq", "gan", "ce", "r1", "discriminator"):
+        found += curves[loss].values()  # none where a run has no such loss
+    return found
 
 
 @functools.cache
@@ -88,56 +77,38 @@ def stage1(layout, *flags):
     out = Path(TEMPORARY.name) / "_".join([layout, *flags])
     args = [*IMAGES, *LAYOUTS[layout], *flags]
     if layout == "post":
-        args += ["--init", stage1("2d", "--device", "cpu")[0] / "tokenizer.safetensors"]
-    return out, train(train_stage1, out, *args)
+        args += ["--init", stage1("2d", *CPU)[0] / "tokenizer.safetensors"]
+    return out, train("train_stage1", out, *args)
 
 
 @pytest.mark.parametrize("layout, flags", [(layout, FP32) for layout in LAYOUTS] + [
     ("prologue", (*FP32, "--compile")), ("prologue", BF16), ("wide", (*BF16, "--compile"))])
 def test_stage_1_has_the_losses_of_the_cpu(layout, flags):
     _, found = stage1(layout, *flags)
-    _, expected = stage1(layout, "--device", "cpu")
+    _, expected = stage1(layout, *CPU)
     np.testing.assert_allclose(found, expected, rtol=8e-2 if "bf16" in flags else 2e-2, atol=1e-4)
 
 
 def test_stage_2_has_the_codes_and_losses_of_the_cpu():
-    out, _ = stage1("prologue", "--device", "cpu")
+    out, _ = stage1("prologue", *CPU)
     weights = ["--tokenizer", out / "tokenizer.safetensors"]
     for name, device in (("a", "cpu"), ("b", DEVICE)):
-        run(pretokenize, *IMAGES, *weights, "--out", out / name, "--device", device)
-    a, b = (train_ar.Tokens(out / name / "codes.safetensors").codes for name in "ab")
+        run("pretokenize", *IMAGES, *weights, "--out", out / name, "--device", device)
+    a, b = (Tokens(out / name / "codes.safetensors").codes for name in "ab")
     assert (a == b).mean() > 0.999
     args = ["--codes", out / "a" / "codes.safetensors", *weights, "--dropout", 0]
-    cpu = train(train_ar, out / "cpu", *args, "--device", "cpu")
-    fp32 = train(train_ar, out / "fp32", *args, *FP32, *PARTS)
-    bf16 = train(train_ar, out / "bf16", *args, *BF16, "--compile")
+    cpu = train("train_ar", out / "cpu", *args, *CPU)
+    fp32 = train("train_ar", out / "fp32", *args, *FP32, *PARTS)
+    bf16 = train("train_ar", out / "bf16", *args, *BF16, "--compile")
     np.testing.assert_allclose(fp32, cpu, rtol=1e-2)
     np.testing.assert_allclose(bf16, cpu, rtol=3e-2)
-
-
-def test_one_rank_of_ddp_has_the_gradients_of_none():
-    """Of compiled blocks of over 1 MiB; on a GPU by NCCL."""
-    model = tokenizer.Transformer(2, 768, 64, 8 / 3, bias=True).to(DEVICE)
-    x = torch.randn(4, 8, 768, device=DEVICE)
-
-    def gradient(forward):
-        model.zero_grad()
-        forward(x, x[0, :, :32]).square().sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    expected = gradient(model)
-    tokenizer.compile_blocks(model)
-    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    found = gradient(torch.nn.parallel.DistributedDataParallel(model))
-    dist.destroy_process_group()
-    assert (found - expected).norm() < 5e-3 * expected.norm()
 
 
 @functools.cache
 def samples(*flags):
     """The file of 200 samples of the shipped pair."""
     out = Path(TEMPORARY.name) / "_".join(["samples", *flags])
-    run(sample, "--pair", sample.SHIPPED, "--out", out, "--num_samples", 200, "--batch_size", 50,
+    run("sample", "--pair", SHIPPED, "--out", out, "--num_samples", 200, "--batch_size", 50,
         "--columns", 2, *flags)
     return out / "samples.npz"
 
@@ -146,23 +117,13 @@ def samples(*flags):
                                           ((*BF16, "--compile"), 0.1)])
 def test_samples_are_those_of_the_cpu(flags, share):
     """With a wrong cache, mask or noise hardly any image would be."""
-    cpu = np.load(samples("--device", "cpu"))["arr_0"].astype(int)
+    cpu = np.load(samples(*CPU))["arr_0"].astype(int)
     gpu = np.load(samples(*flags))["arr_0"]
     assert (np.abs(cpu - gpu).mean((1, 2, 3)) < 1).mean() > share
 
 
-def test_fid_has_the_numbers_of_the_cpu(capsys):
-    scores = []
-    for device in ("cpu", DEVICE):
-        run(fid, samples("--device", "cpu"), IMAGES[1], "--device", device)
-        scores.append(json.loads(capsys.readouterr().out))
+def test_fid_has_the_numbers_of_the_cpu():
+    cpu, gpu = (json.loads(run("fid", samples(*CPU), IMAGES[1], "--device", device))
+                for device in ("cpu", DEVICE))
     for name in ("fid", "inception_score", "precision", "recall"):
-        assert scores[1][name] == pytest.approx(scores[0][name], rel=5e-3), name
-
-
-@pytest.mark.skipif(tokenizer.flash_attn_func is None, reason="flash-attn is not installed")
-def test_flash_attn_is_the_attention_of_torch(monkeypatch):
-    q, k, v = torch.randn(3, 2, 65, 4, 64, device=DEVICE, dtype=torch.bfloat16)
-    flash = tokenizer.attention(q, k, v, causal=True)
-    monkeypatch.setattr(tokenizer, "flash_attn_func", None)
-    torch.testing.assert_close(flash, tokenizer.attention(q, k, v, True), rtol=2e-2, atol=2e-2)
+        assert gpu[name] == pytest.approx(cpu[name], rel=5e-3), name

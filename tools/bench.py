@@ -106,7 +106,8 @@ def bench_ar(args, folder):
     length = config.num_prologue + config.num_visual
     codes = torch.randint(config.prologue_codebook_size, (256, 1, length))
     tensors = dict(codes=codes.to(torch.uint16), labels=torch.randint(1000, (256,)))
-    about = dict(tokenizer=vars(config), digest="", classes=[str(i) for i in range(1000)])
+    classes = [str(i) for i in range(1000)]
+    about = dict(tokenizer=vars(config), digest="", partner="", classes=classes)
     save_checkpoint(folder / "codes.safetensors", "codes", tensors, about)
     run_trainer(train_ar, args, "--out", folder)
 
