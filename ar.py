@@ -107,7 +107,7 @@ class AR(nn.Module):
         """codes (B, K+N), labels (B,) -> logits (B, L, vocabulary) in fp32.
 
         onehot: straight-through one-hot prologue (B, K, P), or without a prologue that of the
-            visual codes (B, N, V). A product embeds it, through which CE reaches the encoder.
+            visual codes (B, N, V). It is multiplied in, so that CE reaches the encoder.
         drop: (B,) bool, images whose visual tokens are hidden from the input: EOS stands in for
             each (visual token dropout). What is left to predict them from is the prologue.
         """
@@ -131,7 +131,7 @@ class AR(nn.Module):
             return head(self.norm(x), self.head.weight)
 
     def parameter_groups(self, weight_decay, **settings):
-        """Of AdamW: weight decay falls on matrices only."""
+        """For AdamW: weight decay on matrices only."""
         matrices = [p for p in self.parameters() if p.ndim > 1]
         vectors = [p for p in self.parameters() if p.ndim < 2]
         return [dict(params=matrices, weight_decay=weight_decay, **settings),
@@ -156,8 +156,8 @@ class AR(nn.Module):
 
     def compile_step(self):
         """From now on `generate` compiles the step of a single token, on CUDA to a CUDA graph. Such
-        a graph always writes to the same memory, so the caches of a batch size are kept and filled
-        anew for each batch; what an earlier one left stands after `start`, which is masked."""
+        a graph has fixed addresses, so each batch size keeps its caches and every batch overwrites
+        them; what an earlier batch left lies after `start` and is masked."""
         self.compiled_step = torch.compile(self.step, mode="reduce-overhead", dynamic=False)
 
     def step(self, x, caches, start):

@@ -1,6 +1,6 @@
 """FID, sFID, Inception Score, precision and recall, as ADM's TensorFlow evaluator computes them.
 
-    python fid.py                    # out/samples.npz against the images that it was trained on
+    python fid.py                    # out/samples.npz against the model's training images
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz       # gFID as papers report it
     python fid.py --tokenizer out/tokenizer.safetensors             # rFID and PSNR
 
@@ -250,7 +250,7 @@ def main():
     name, network = feature_network(size, args.inception, device)
     result |= {"reference": reference, "features": name}
 
-    # Statistics that the reference stores, which count before those of its images
+    # Statistics that the reference stores, which take precedence over its images
     stored = open_npz(reference)
     statistics = {}
     for feature, mu, sigma in (("pool", "mu", "sigma"), ("spatial", "mu_s", "sigma_s")):

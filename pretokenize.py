@@ -196,8 +196,8 @@ def tokenize(tokenizer, images, about, target, args, device, rank, world_size):
 # Batches and picture sheets
 
 def visited_images(seed, first, count, num_images):
-    """Numbers (count,) of the images at the visits first, first + 1, ... Visits count what training
-    reads over all epochs, each in a new random order; so runs resume on any number of ranks."""
+    """Image numbers (count,) of the visits first, first + 1, ... A visit reads one image; they are
+    counted through all epochs, each in a new order, so runs resume on any number of ranks."""
     visits = range(first, first + count)
     return [int(epoch_order(seed, v // num_images, num_images)[v % num_images]) for v in visits]
 

@@ -36,9 +36,9 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "fashion_mnist"
 
 FILTERS = ("top_k", "top_p")  # flags that go to ar.sample_codes as they are
 
-# Two rows of ours, and those of paper table A5 whose weights are released; recipes/evaluate.sh has
-# the others. The columns are cfg_prologue, cfg_visual and cfg_power, used with guidance and then at
-# temperature 1; and temperature_prologue and temperature, used without guidance.
+# tiny and unguided are ours; the others are of paper table A5 (recipes/evaluate.sh has its rest).
+# Columns: cfg_prologue, cfg_visual, cfg_power, for drawing with guidance, then at temperature 1;
+# temperature_prologue, temperature, for drawing without it.
 PRESETS = {
     "tiny": (1.0, 2.0, 0.25, 1.0, 1.0),
     "unguided": (1.0, 1.0, 1.0, 1.0, 1.0),

@@ -67,8 +67,8 @@ def rope_angles(positions, dim, theta):
 
 
 def rope_table(grid, line, head_dim):
-    """Angles (grid*grid + line, d/2) of the patches of an image, row by row, theta 2000, and after
-    them of `line` tokens in a line, theta 10000. On the axes of the others an angle is 0."""
+    """Angles (grid*grid + line, d/2): first of an image's patches, row by row (theta 2000), then of
+    `line` tokens in a line (theta 10000). Either has angle 0 on the other's axes."""
     row_dim, column_dim, l_dim = rope_axis_dims(head_dim)
     places = torch.arange(grid)
     rows = rope_angles(places.repeat_interleave(grid), row_dim, 2000.0)
@@ -222,8 +222,8 @@ class VisualQuantizer(nn.Module):
 
     def forward(self, h):
         """h (B, N, D) -> code vectors q (B, N, c) with a straight-through gradient, codes (B, N),
-        losses by name, which are all added to the objective and logged. Paper section 2; the 0.25
-        is the official code's, appendix E's 1 most likely the weight of the whole VQ loss."""
+        losses by name, all added to the objective and logged. Paper section 2; 0.25 as in the
+        official code (appendix E has 1, most likely the weight of the whole VQ loss)."""
         with exact_fp32(h.device.type):
             z = self.project(h)  # (B, N, c)
             codes = nearest_code(z, self.codebook)  # (B, N)
@@ -454,8 +454,8 @@ class Tokenizer(nn.Module):
 # What the scripts share: files, device and ranks
 
 def open_out(out, *files):
-    """The folder `out`, made where it is missing, without what a killed run left half-written of
-    the `files`. Ends the script if nothing can be written to it."""
+    """The folder `out`, made if missing; deletes what a killed run left half-written of `files`.
+    Ends the script if nothing can be written to it."""
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -520,7 +520,7 @@ def load_model(path, kind, model_class, config_class):
     """The frozen model, in eval mode, of a checkpoint. Weights in half precision become fp32."""
     tensors, config = read_safetensors(path, kind)
     check_finite(path, tensors)
-    with torch.random.fork_rng(devices=[]):  # the random weights are replaced: nobody's draw
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state alone
         model = model_class(config_class(**config))
     model.load_state_dict(tensors, assign=True)
     return model.float().eval().requires_grad_(False)

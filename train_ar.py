@@ -65,9 +65,9 @@ def parse_trainer_args(parser, *positive, hold, **defaults):
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
     flag("--overwrite", action="store_true", help="replace a run; with --resume: only its data")
     flag("--log_every", type=int, default=50, help="steps between lines of the log; 0: at the end")
-    flag("--eval_every", type=int, default=400, help="steps between held-out measures; 0: the same")
+    flag("--eval_every", type=int, default=400, help="steps between measures; 0: at the end")
     flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")
-    flag("--save_every", type=int, default=400, help="steps between saved states; 0: the same")
+    flag("--save_every", type=int, default=400, help="steps between saves; 0: at the end")
     flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
     flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
     flag("--compile", action="store_true", help="torch.compile the transformer blocks")
@@ -175,7 +175,7 @@ def log_line(step, lr, terms, seconds, args):
 
 
 def write_log(line, path, args):
-    """Appends a line to a trainer's log and shows some of it. A step's later line counts."""
+    """Appends a line to a trainer's log and shows some of it. A step's last line counts."""
     with open(path, "a") as log:
         print(json.dumps(line), file=log)
     words = [f"{text} {line[name]:.4g}" for name, text in SHOWN.items() if line.get(name)]
@@ -276,7 +276,7 @@ def main():
                              "another --out")
     num_images, num_crops, _ = tokens.codes.shape
 
-    # State, model and optimizer; what is popped is not kept in memory, 8 GB a rank for XL
+    # State, model and optimizer. The pops below free memory: 8 GB a rank for XL
     if rank == 0:
         open_out(out, "train_ar.pt", "ar.safetensors", "ar_best.safetensors")
     torch.manual_seed(args.seed)

@@ -30,8 +30,8 @@ Which loss reaches which weights:
     ce                     encoder, prologue projection and codebook, all times lambda; AR model
     discriminator          discriminator
 
-In the layout post the first encoder, its codes and the decoder are frozen, and ce alone is left;
-with --direct_ce ce goes into the visual projection and codebook, times lambda.
+In the layout post the first encoder, its codes and the decoder are frozen: only ce is left. With
+--direct_ce (1d, 2d) the visual quantizer takes the prologue's place under ce.
 
 In --out it leaves tokenizer.safetensors (the EMA), joint_ar.safetensors and, named train_stage1, a
 log, held-out images above their reconstructions, and the state for --resume. With --onestage the AR
@@ -171,7 +171,7 @@ def discriminator_loss(discriminator, x, y, with_r1, micro_share):
     """Loss of the discriminator on images x against reconstructions y, and its terms for the log.
     R1 is |d logits / d x|^2, summed over pixels. LeCam (Tseng et al. 2021) penalizes real logits
     above the running mean of the fake ones and fake logits below that of the real ones, against
-    overfitting to few images. micro_share: this micro-batch's of the step, by which they move."""
+    overfitting to few images. micro_share: what part of the step's batch this is."""
     x = x.detach().requires_grad_(with_r1)
     logits_real = discriminator(x)  # (B, 1, h, w)
     logits_fake = discriminator(y.detach())
