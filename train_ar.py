@@ -42,157 +42,6 @@ SHOWN = {"images_per_s": "images/s", "minutes_left": "min left", "l1": "l1", "vq
          "val_nats": "held-out nats", "val_nats_prologue": "prologue", "val_nats_visual": "visual"}
 
 
-# What both trainers share: flags, state, learning rate, log
-
-def parse_trainer_args(parser, *positive, hold, **defaults):
-    """Adds the flags that both trainers have, parses all and checks them. defaults: those in which
-    the trainers differ; hold: that of --hold, as a share of --steps; positive: see check_flags."""
-    flag = parser.add_argument
-
-    # Optimization
-    flag("--steps", type=int, help="of the whole run; the schedule follows it")
-    flag("--batch_size", type=int, default=32, help="images per step, over all ranks together")
-    flag("--micro_batch_size", type=int, help="images per forward and rank, to save memory")
-    flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
-    flag("--lr", type=float, help="learning rate after the warmup")
-    flag("--min_lr", type=float, help="at the last step, after warmup and hold")
-    flag("--warmup", type=int, default=50, help="steps of linear warmup")
-    flag("--hold", type=int, help=f"steps at --lr before the linear decay; else {hold} of --steps")
-    flag("--seed", type=int, default=0, help="of everything random")
-
-    # Machine and files
-    flag("--out", default="out", help="folder for everything that is written and looked for")
-    flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--overwrite", action="store_true", help="replace a run; with --resume: only its data")
-    flag("--log_every", type=int, default=50, help="steps between lines of the log; 0: at the end")
-    flag("--eval_every", type=int, default=400, help="steps between measures; 0: at the end")
-    flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")
-    flag("--save_every", type=int, default=400, help="steps between saves; 0: at the end")
-    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
-    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
-    flag("--compile", action="store_true", help="torch.compile the transformer blocks")
-    parser.set_defaults(**defaults)
-
-    args = parser.parse_args()
-    check_flags(parser, args, "steps", "batch_size", "micro_batch_size", *positive)
-    if args.hold is None:
-        args.hold = int(hold * args.steps)
-    return args
-
-
-def to_device(x, device):
-    """A copy of x on the device, on CUDA while the CPU goes on (which pinned memory allows)."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-def is_due(every, step, args):
-    """Whether `step` is the last one or a multiple of `every` (0: never)."""
-    return step == args.steps or step % (every or args.steps) == 0
-
-
-def on_ctrl_c(step, rank=0):
-    """From now on Ctrl-C ends the trainer in a line, which names the step that is saved."""
-    line = f"stopped: --resume goes on from step {step}"
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(line if rank == 0 else 1))
-
-
-def load_state(path, weights, must_match, args):
-    """The state that a trainer saved at `path` after its `weights`, or None for a new run.
-    must_match: {name: value} as it was then. All ranks do as the first: copies of data differ."""
-    there, old_weights, must_match = of_first_rank((path.exists(), weights.exists(), must_match))
-    if (there or old_weights) and not (args.resume or args.overwrite):
-        raise SystemExit(f"{weights} is there already: give --resume, --overwrite or another --out")
-    if not there or not args.resume:
-        return None
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # torch would advise to unpickle freely
-        raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
-    before = state["config"] | state["must_match"]
-    for name, value in must_match.items():
-        if before.get(name) != value and not (args.overwrite and name == "data"):
-            raise SystemExit(f"--resume: {path} was made with {name} {before.get(name)} and not "
-                             f"{value} (only data may differ, with --overwrite)")
-    return state
-
-
-def check_moments(step, optimizers):
-    """Ends the run if a moment of Adam's is not finite, which would freeze a weight for ever."""
-    for optimizer in optimizers:
-        for moments in optimizer.state.values():
-            check_finite(f"step {step}, Adam", moments)
-
-
-def save_state(path, state):
-    """Writes everything that --resume needs, and lets Ctrl-C name the step."""
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
-    on_ctrl_c(state["step"])
-
-
-def split_batch(args, world_size, lowest=1):
-    """Images of a rank, and of a micro-batch, in which there should be `lowest` or more."""
-    per_rank = args.batch_size // world_size
-    micro = args.micro_batch_size or per_rank
-    if args.batch_size % world_size or per_rank % micro or micro < lowest:
-        raise SystemExit(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
-                         f"with micro-batches of {micro}, each of {lowest} or more images")
-    return per_rank, micro
-
-
-def for_training(model, args):
-    """The model with --gradient_checkpointing, --compile and, between ranks, averaged gradients."""
-    for module in model.modules():
-        if isinstance(module, Transformer):
-            module.gradient_checkpointing = args.gradient_checkpointing
-    if args.compile:
-        compile_blocks(model)
-    if dist.is_initialized():
-        model = DistributedDataParallel(model)
-        model.broadcast_buffers = False  # the only ones, RoPE tables, never change
-    return model.train()
-
-
-def learning_rate(step, args):
-    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
-    flat = args.warmup + args.hold
-    warm = min(1, step / max(1, args.warmup))
-    left = np.interp(step, [flat, max(flat + 1, args.steps)], [1, 0])  # of the decay
-    return float(warm * (args.min_lr + (args.lr - args.min_lr) * left))  # torch.save wants no numpy
-
-
-def log_line(step, lr, terms, seconds, args):
-    """A line of the log: step, speed, and `terms`, {name: 0-dim tensor}, averaged over the ranks.
-    Ends the run if one of them is not finite. seconds: of a step, in the mean since the start."""
-    values = torch.stack(list(terms.values()))
-    average(values)
-    check_finite(f"step {step}", dict(zip(terms, values)))
-    line = dict(step=step, lr=lr, images_per_s=args.batch_size / seconds,
-                minutes_left=(args.steps - step) * seconds / 60)
-    return line | dict(zip(terms, values.tolist()))
-
-
-def write_log(line, path, args):
-    """Appends a line to a trainer's log and shows some of it. A step's last line counts."""
-    with open(path, "a") as log:
-        print(json.dumps(line), file=log)
-    words = [f"{text} {line[name]:.4g}" for name, text in SHOWN.items() if line.get(name)]
-    if words:
-        print(f"{line['step']}/{args.steps}", *words, sep="  ", flush=True)
-
-
-def announce(model, start_step, log, args):
-    """Prints the model's size and how far the run is. A new run begins its log with its flags, and
-    removes the state of the run that it replaces, if any: all has been checked by now."""
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done")
-    if start_step == 0:
-        log.with_suffix(".pt").unlink(missing_ok=True)
-        write_log({"settings": vars(args)}, log, args)
-
-
 # Model and held-out measures
 
 def build_model(args, tokens, rank):
@@ -378,6 +227,157 @@ def main():
     if rank == 0:
         print(f"done: {out / 'ar.safetensors'}. Next: python sample.py --out {out}")
     finish()
+
+
+# What both trainers share: flags, state, learning rate, log
+
+def parse_trainer_args(parser, *positive, hold, **defaults):
+    """Adds the flags that both trainers have, parses all and checks them. defaults: those in which
+    the trainers differ; hold: that of --hold, as a share of --steps; positive: see check_flags."""
+    flag = parser.add_argument
+
+    # Optimization
+    flag("--steps", type=int, help="of the whole run; the schedule follows it")
+    flag("--batch_size", type=int, default=32, help="images per step, over all ranks together")
+    flag("--micro_batch_size", type=int, help="images per forward and rank, to save memory")
+    flag("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    flag("--lr", type=float, help="learning rate after the warmup")
+    flag("--min_lr", type=float, help="at the last step, after warmup and hold")
+    flag("--warmup", type=int, default=50, help="steps of linear warmup")
+    flag("--hold", type=int, help=f"steps at --lr before the linear decay; else {hold} of --steps")
+    flag("--seed", type=int, default=0, help="of everything random")
+
+    # Machine and files
+    flag("--out", default="out", help="folder for everything that is written and looked for")
+    flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
+    flag("--overwrite", action="store_true", help="replace a run; with --resume: only its data")
+    flag("--log_every", type=int, default=50, help="steps between lines of the log; 0: at the end")
+    flag("--eval_every", type=int, default=400, help="steps between measures; 0: at the end")
+    flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")
+    flag("--save_every", type=int, default=400, help="steps between saves; 0: at the end")
+    flag("--device", default="auto", help="cuda, mps or cpu; auto is the best of them")
+    flag("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on new GPUs")
+    flag("--compile", action="store_true", help="torch.compile the transformer blocks")
+    parser.set_defaults(**defaults)
+
+    args = parser.parse_args()
+    check_flags(parser, args, "steps", "batch_size", "micro_batch_size", *positive)
+    if args.hold is None:
+        args.hold = int(hold * args.steps)
+    return args
+
+
+def to_device(x, device):
+    """A copy of x on the device, on CUDA while the CPU goes on (which pinned memory allows)."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def is_due(every, step, args):
+    """Whether `step` is the last one or a multiple of `every` (0: never)."""
+    return step == args.steps or step % (every or args.steps) == 0
+
+
+def on_ctrl_c(step, rank=0):
+    """From now on Ctrl-C ends the trainer in a line, which names the step that is saved."""
+    line = f"stopped: --resume goes on from step {step}"
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(line if rank == 0 else 1))
+
+
+def load_state(path, weights, must_match, args):
+    """The state that a trainer saved at `path` after its `weights`, or None for a new run.
+    must_match: {name: value} as it was then. All ranks do as the first: copies of data differ."""
+    there, old_weights, must_match = of_first_rank((path.exists(), weights.exists(), must_match))
+    if (there or old_weights) and not (args.resume or args.overwrite):
+        raise SystemExit(f"{weights} is there already: give --resume, --overwrite or another --out")
+    if not there or not args.resume:
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # torch would advise to unpickle freely
+        raise SystemExit(f"--resume: {path} is missing or not a whole training state") from None
+    before = state["config"] | state["must_match"]
+    for name, value in must_match.items():
+        if before.get(name) != value and not (args.overwrite and name == "data"):
+            raise SystemExit(f"--resume: {path} was made with {name} {before.get(name)} and not "
+                             f"{value} (only data may differ, with --overwrite)")
+    return state
+
+
+def check_moments(step, optimizers):
+    """Ends the run if a moment of Adam's is not finite, which would freeze a weight for ever."""
+    for optimizer in optimizers:
+        for moments in optimizer.state.values():
+            check_finite(f"step {step}, Adam", moments)
+
+
+def save_state(path, state):
+    """Writes everything that --resume needs, and lets Ctrl-C name the step."""
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+    on_ctrl_c(state["step"])
+
+
+def split_batch(args, world_size, lowest=1):
+    """Images of a rank, and of a micro-batch, in which there should be `lowest` or more."""
+    per_rank = args.batch_size // world_size
+    micro = args.micro_batch_size or per_rank
+    if args.batch_size % world_size or per_rank % micro or micro < lowest:
+        raise SystemExit(f"--batch_size {args.batch_size} does not divide into {world_size} ranks "
+                         f"with micro-batches of {micro}, each of {lowest} or more images")
+    return per_rank, micro
+
+
+def for_training(model, args):
+    """The model with --gradient_checkpointing, --compile and, between ranks, averaged gradients."""
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            module.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        compile_blocks(model)
+    if dist.is_initialized():
+        model = DistributedDataParallel(model)
+        model.broadcast_buffers = False  # the only ones, RoPE tables, never change
+    return model.train()
+
+
+def learning_rate(step, args):
+    """At a step, counted from 1: linear warmup, --hold steps at --lr, then linear to --min_lr."""
+    flat = args.warmup + args.hold
+    warm = min(1, step / max(1, args.warmup))
+    left = np.interp(step, [flat, max(flat + 1, args.steps)], [1, 0])  # of the decay
+    return float(warm * (args.min_lr + (args.lr - args.min_lr) * left))  # torch.save wants no numpy
+
+
+def log_line(step, lr, terms, seconds, args):
+    """A line of the log: step, speed, and `terms`, {name: 0-dim tensor}, averaged over the ranks.
+    Ends the run if one of them is not finite. seconds: of a step, in the mean since the start."""
+    values = torch.stack(list(terms.values()))
+    average(values)
+    check_finite(f"step {step}", dict(zip(terms, values)))
+    line = dict(step=step, lr=lr, images_per_s=args.batch_size / seconds,
+                minutes_left=(args.steps - step) * seconds / 60)
+    return line | dict(zip(terms, values.tolist()))
+
+
+def write_log(line, path, args):
+    """Appends a line to a trainer's log and shows some of it. A step's last line counts."""
+    with open(path, "a") as log:
+        print(json.dumps(line), file=log)
+    words = [f"{text} {line[name]:.4g}" for name, text in SHOWN.items() if line.get(name)]
+    if words:
+        print(f"{line['step']}/{args.steps}", *words, sep="  ", flush=True)
+
+
+def announce(model, start_step, log, args):
+    """Prints the model's size and how far the run is. A new run begins its log with its flags, and
+    removes the state of the run that it replaces, if any: all has been checked by now."""
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.1f}M parameters; {start_step} of {args.steps} steps are done")
+    if start_step == 0:
+        log.with_suffix(".pt").unlink(missing_ok=True)
+        write_log({"settings": vars(args)}, log, args)
 
 
 if __name__ == "__main__":
