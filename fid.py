@@ -182,22 +182,22 @@ def precision_recall(samples, reference):
     return calculate_precision_recall_part(samples, reference, batch_size=1000)
 
 
-def reconstructions(tokenizer, batches, device, ratios):
-    """What a tokenizer makes of batches of uint8 images (B, H, W, 3); their PSNR goes to ratios."""
+def reconstructions(tokenizer, batches, device, psnrs):
+    """What a tokenizer makes of batches of uint8 images (B, H, W, 3); their PSNR goes to psnrs."""
     for originals in batches:
         x = to_float(originals.to(device))  # (B, 3, H, W)
         images = to_uint8(tokenizer.decode(tokenizer.encode(x)))  # (B, H, W, 3)
-        ratios.append(psnr(images, originals))
+        psnrs.append(psnr(images, originals))
         yield images
 
 
-def default_images(codes_path, size, bundled):
+def default_images(codes_path, size, split):
     """The images that were tokenized into a file, else the bundled ones for 28 x 28."""
     if codes_path.exists():
         return read_safetensors(codes_path, "codes")[1]["data"]
     if tuple(size) != (28, 28):
         raise SystemExit(f"images to compare with are needed: no {codes_path} names them")
-    return str(BUNDLED / bundled)
+    return str(BUNDLED / split)
 
 
 def parse_args():
@@ -234,8 +234,8 @@ def main():
         codes_path = Path(args.tokenizer).with_name("codes_val.safetensors")
         reference = args.samples or default_images(codes_path, size, "val")
         _, originals = image_batches(reference, args.batch_size, size, crop=True)
-        ratios = []
-        batches = reconstructions(tokenizer, originals, device, ratios)
+        psnrs = []
+        batches = reconstructions(tokenizer, originals, device, psnrs)
         result = {"samples": f"reconstructions by {args.tokenizer}"}
     else:
         path = args.samples or str(Path(args.out) / "samples.npz")
@@ -279,7 +279,7 @@ def main():
         result["precision"], result["recall"] = precision_recall(
             samples["features"].to(device), against["features"].to(device))
     if args.tokenizer:
-        result["psnr"] = torch.cat(ratios).double().mean().item()
+        result["psnr"] = torch.cat(psnrs).double().mean().item()
 
     print(json.dumps(result, indent=1))
     if result["count"] < 10000:

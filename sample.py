@@ -37,8 +37,8 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "fashion_mnist"
 FILTERS = ("top_k", "top_p")  # flags that go to ar.sample_codes as they are
 
 # tiny and unguided are ours; the others are of paper table A5 (recipes/evaluate.sh has its rest).
-# Columns: cfg_prologue, cfg_visual, cfg_power, for drawing with guidance, then at temperature 1;
-# temperature_prologue, temperature, for drawing without it.
+# Columns: cfg_prologue, cfg_visual, cfg_power: used with guidance, where temperatures are 1;
+# temperature_prologue, temperature: used only without guidance.
 PRESETS = {
     "tiny": (1.0, 2.0, 0.25, 1.0, 1.0),
     "unguided": (1.0, 1.0, 1.0, 1.0, 1.0),

@@ -127,8 +127,8 @@ def test_dropped_visual_tokens_are_hidden_from_the_ar():
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.7, 3.0), (1.0, 2.0), (1.5, 1.0)])
 @pytest.mark.parametrize("top_k", [0, 1])  # 1 takes the likeliest code
 def test_generate_equals_the_plain_uncached_path(layout, schedule, scales, top_k):
-    """Each code is the one that is drawn from the logits of the whole sequence, without a cache,
-    once for the class and once without, of which those of its codebook are taken."""
+    """Each code is drawn from the guided mix of two uncached passes over the whole sequence, with
+    class and without, cut to the logits of its codebook."""
     _, ar, _ = models(layout)
     k = ar.config.num_prologue
     labels = torch.tensor([0, 3, 4])

@@ -144,7 +144,7 @@ def main():
         ar.load_state_dict(state.pop("ar"))
         optimizer.load_state_dict(state.pop("optimizer"))
         start_step = state["step"]
-        if not args.overwrite:  # which may have brought other held-out images
+        if not args.overwrite:  # it allows other held-out images
             lowest = state["lowest"]
     log = out / "train_ar.jsonl"
     on_ctrl_c(start_step, rank)
@@ -166,7 +166,7 @@ def main():
             group["lr"] = lr
         optimizer.zero_grad()
 
-        # Random numbers are those of the global batch, but for dropout's; a rank takes its slice
+        # Drawn for the global batch, each rank takes its slice; dropout's are drawn by rank
         seed = args.seed * 1_000_003 + step
         generator = torch.Generator().manual_seed(seed % 2**63)
         torch.manual_seed((seed * world_size + rank) % 2**63)

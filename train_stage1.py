@@ -416,7 +416,7 @@ def main():
         generator = torch.Generator().manual_seed((args.seed * 1_000_003 + step) % 2**63)
         of_rank = slice(rank * per_rank, (rank + 1) * per_rank)
         drop = torch.rand(args.batch_size, generator=generator)[of_rank] < args.visual_dropout
-        labels = torch.zeros(per_rank, dtype=torch.int64)  # a joint AR model knows no classes
+        labels = torch.zeros(per_rank, dtype=torch.int64)  # num_classes is 0: 0 is no_class
         if args.onestage:
             first = (step - 1) * args.batch_size + rank * per_rank
             labels = images.labels[visited_images(args.seed, first, per_rank, len(images))]
