@@ -45,7 +45,8 @@ with contextlib.suppress(ImportError):  # pip install pillow-heif: the photos of
 
 BUNDLED = Path(__file__).parent / "data" / "fashion_mnist.zip"
 KNOWN = Image.registered_extensions()  # {extension: format} of what Pillow reads or writes here
-FORMATS = {"PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "HEIF"} & {*KNOWN.values()}
+FORMATS = sorted({"PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF", "AVIF", "HEIF"}
+                 & set(KNOWN.values()))
 EXTENSIONS = {end for end, kind in KNOWN.items() if kind in FORMATS} - {".gif"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 PART_SIZE = 500  # images in a part of the tokens
@@ -238,7 +239,7 @@ def open_image(file, archive=None):
     place = f"{file} in {archive}" if archive else file
     try:
         source = io.BytesIO(open_zip(archive).read(file)) if archive else file
-        with Image.open(source, formats=sorted(FORMATS)) as image:
+        with Image.open(source, formats=FORMATS) as image:
             if image.mode in ("F", "I"):
                 raise SystemExit(f"{place} has floats or 32-bit integers: save 8 or 16 bits")
             image.load()
