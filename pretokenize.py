@@ -304,6 +304,18 @@ def list_folder(folder, below="", above=()):
     return found
 
 
+def texts_above(path, name):
+    """The texts of the files `name` in a folder or path into a zip, and above it, nearest first."""
+    path = Path(path).absolute()
+    for folder in (path, *path.parents):
+        archive, inside = split_zip(folder / name)
+        try:
+            data = open_zip(archive).read(inside[:-1]) if archive else (folder / name).read_bytes()
+        except (KeyError, OSError):
+            continue
+        yield data.decode()
+
+
 class Images:
     """The images under a folder, or under a path into a zip file that is read as it is.
 
@@ -363,15 +375,8 @@ class Images:
 
     def classes_of_kaggle(self):
         """The class of each image by LOC_val_solution.csv, or None if no table is about them."""
-        path = self.path.absolute()
-        for folder in (path, *path.parents):
-            file = folder / "LOC_val_solution.csv"
-            archive, inside = split_zip(file)
-            try:
-                data = open_zip(archive).read(inside[:-1]) if archive else file.read_bytes()
-            except (KeyError, OSError):
-                continue
-            table = dict(re.findall(r"^(\S+?),(\S+)", data.decode(), re.M))  # name,class ...
+        for text in texts_above(self.path, "LOC_val_solution.csv"):
+            table = dict(re.findall(r"^(\S+?),(\S+)", text, re.M))  # name,class ...
             classes = [table.get(Path(name).stem) for name in self.names]
             if all(classes):  # else it is about other images
                 return classes

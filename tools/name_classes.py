@@ -18,24 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ar import AR
-from pretokenize import open_zip, split_zip
+from pretokenize import texts_above
 
 TABLE = "LOC_synset_mapping.txt"
-
-
-def names_above(data):
-    """{n-number: name} by the table in a folder above `data`; an empty dict if there is none."""
-    path = Path(data).absolute()
-    for folder in (path, *path.parents):
-        archive, inside = split_zip(folder / TABLE)
-        try:
-            text = open_zip(archive).read(inside[:-1]) if archive else (folder / TABLE).read_bytes()
-        except (KeyError, OSError):
-            continue
-        words = dict(re.findall(r"^(n\d+) ([^,\r\n]+)", text.decode(), re.M))
-        uses = Counter(words.values())
-        return {n: word if uses[word] == 1 else f"{word} ({n})" for n, word in words.items()}
-    return {}
 
 
 def main():
@@ -45,7 +30,10 @@ def main():
     args = parser.parse_args()
     path = Path(args.pair) / "ar.safetensors"
     ar = AR.load(path)
-    names = names_above(args.data)
+    text = next(texts_above(args.data, TABLE), "")
+    words = dict(re.findall(r"^(n\d+) ([^,\r\n]+)", text, re.M))  # {n-number: first word}
+    uses = Counter(words.values())
+    names = {n: word if uses[word] == 1 else f"{word} ({n})" for n, word in words.items()}
     count = sum(name in names for name in ar.config.classes)
     if count > 0:
         ar.config.classes = [names.get(name, name) for name in ar.config.classes]
