@@ -129,6 +129,7 @@ def test_generate_goes_on_after_given_codes(given, kept):
     settings = dict(cfg_visual=3.0, temperature_prologue=0, noise=torch.rand(5, 19), labels=labels)
     codes = ar.generate(**settings)
     assert torch.equal(codes[:, :3], ar.generate(labels, top_k=1)[:, :3])
+    assert torch.equal(ar.generate(labels, temperature=0), ar.generate(labels, top_k=1))
     assert torch.equal(ar.generate(**settings, **{given: codes[:, kept]}), codes)
     other = (codes[:, kept] + 1) % 12
     changed = ar.generate(**settings, **{given: other})
