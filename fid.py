@@ -205,8 +205,7 @@ def parse_args():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = parser.add_argument
     flag("samples", nargs="?", help="npz, folder or zip of images; else samples.npz in --out")
-    flag("reference", nargs="?", help="npz, folder or zip; else what codes.safetensors beside the "
-         "samples was made of, centre-cropped; else for 28 x 28 the bundled images")
+    flag("reference", nargs="?", help="npz, folder or zip; else the tokenized or bundled images")
     flag("--crop", action="store_true", help="centre-crop the reference to the samples' size")
     flag("--tokenizer", metavar="FILE", help="score its reconstructions of the first argument, or "
          "of the held-out images that codes_val.safetensors beside it was made of")

@@ -143,7 +143,6 @@ class Tokens:
 
 
 def short_hash(value):
-    """Of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
@@ -352,8 +351,7 @@ class Images:
         if len(splits) > 1 or only_folder:
             raise SystemExit(f"{path} holds no classes but {sorted(tops)}: add one to the path")
         if "" in tops and len(tops) > 1:
-            raise SystemExit(f"{path} holds images beside folders: sort all into a folder for each "
-                             "class, or put them side by side")
+            raise SystemExit(f"{path} holds images beside folders: put all into folders, or none")
         if folders[0] == "":
             folders = self.classes_of_kaggle() or folders
         folders = [unicodedata.normalize("NFC", folder) for folder in folders]

@@ -296,8 +296,7 @@ class TokenizerConfig:
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise SystemExit(f"--patch_size {self.patch_size} does not divide --image_size "
-                             f"{self.image_size}")
+            raise SystemExit(f"--patch_size {self.patch_size} does not divide {self.image_size}")
         if max(self.codebook_size, self.prologue_codebook_size) > 2**16:
             raise SystemExit("codebook sizes are 65,536 at most: a token file has 16 bits a code")
         if self.layout in ("1d", "2d"):

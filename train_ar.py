@@ -121,8 +121,7 @@ def main():
     made_by = {tokenizer_path, own} if own.exists() else {tokenizer_path}
     for path in made_by:
         if read_safetensors(path, "tokenizer")[1]["fingerprint"] != tokens.config.fingerprint:
-            raise SystemExit(f"{path} did not make {codes_path}: run pretokenize.py again, or take "
-                             "another --out")
+            raise SystemExit(f"{path} did not make {codes_path}: run pretokenize.py or set --out")
     num_images, num_crops, _ = tokens.codes.shape
 
     # State, model and optimizer. The pops below free memory: 8 GB a rank for XL
@@ -250,7 +249,7 @@ def parse_trainer_args(parser, *positive, hold, **defaults):
     # Machine and files
     flag("--out", default="out", help="folder for everything that is written and looked for")
     flag("--resume", action="store_true", help="go on from the state in --out, if there is one")
-    flag("--overwrite", action="store_true", help="replace a run; with --resume: only its data")
+    flag("--overwrite", action="store_true", help="a new run over the old; with --resume: new data")
     flag("--log_every", type=int, default=50, help="steps between lines of the log; 0: at the end")
     flag("--eval_every", type=int, default=400, help="steps between measures; 0: at the end")
     flag("--eval_images", type=int, help="held-out images for the measures; 0: no measures")

@@ -275,7 +275,7 @@ def parse_args():
     # Data
     flag("--data", default=str(BUNDLED / "train"), help="a folder, zip, or path into a zip")
     flag("--val_data", help="held out; else val, valid or validation beside train; else --data")
-    flag("--crop", default="center", choices=["center", "random"], help="random: place and scale")
+    flag("--crop", default="center", choices=["center", "random"], help="random: of place and size")
     flag("--flip", action="store_true", help="mirror half of the images")
     flag("--num_workers", type=int, default=min(8, os.cpu_count()), help="decoding threads a rank")
 
@@ -495,8 +495,9 @@ def main():
             save_state(out / "train_stage1.pt", state)
 
     if rank == 0:
-        script = f"pretokenize.py --data {args.data} [--flip or --crop ten]"
-        script = "sample.py" if args.onestage else script
+        script = "sample.py"
+        if not args.onestage:
+            script = f"pretokenize.py --data {args.data} [--flip or --crop ten]"
         print(f"done: {weights}. Next: python {script} --out {out}")
     finish()
 

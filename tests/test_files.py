@@ -194,7 +194,7 @@ def test_bad_input_gets_a_sentence_and_leaves_nothing(tmp_path):
         ("a dataset.json of StyleGAN", *stage1, files(made / "s.zip", "0/1.png", "dataset.json")),
         ("images beside folders", *stage1, files(made / "beside", "cat/1.png", "1.png")),
         ("holds no classes but ['mine']", *stage1, files(made / "z.zip", "mine/cat/1.png")),
-        ("--patch_size 5 does not divide --image_size 28", *stage1, cats, "--patch_size", 5),
+        ("--patch_size 5 does not divide 28", *stage1, cats, "--patch_size", 5),
         ("does not divide into 1 ranks", *stage1, cats, "--micro_batch_size", 3),
         ("'cat' is in one of them only", "pretokenize", *other, "--data", cats),
         ("tokenizer.safetensors did not make", *stage2, *other),
