@@ -405,7 +405,7 @@ def extension(name):
 def default_val(data):
     """The first of val, valid and validation that is beside training images at a path `train`."""
     if Path(data).name.casefold() != "train":
-        return None
+        return
     for name in ("val", "valid", "validation"):
         path = Path(data).with_name(name)
         archive, inside = split_zip(path)
